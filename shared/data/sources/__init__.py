@@ -1,0 +1,1 @@
+"""Where the corpora come from, one module a source."""

@@ -1,0 +1,177 @@
+"""From a configuration file to a trained language model: tokenizer, token shards, training, saved model."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.data import corpora, shards, tokenizers
+from shared.data.preprocessing import token_stream
+from shared.evaluation.metrics import nats_to_bits_per_byte
+from shared.models import model_utils
+from shared.models.gpt import GPT, GPTConfig
+from shared.runtime import artifacts, files
+from shared.runtime.errors import CourseError
+from shared.training.config import DataConfig, Run
+from shared.training.trainer import History, Trainer, lm_evaluator, token_batches
+
+TOKENIZER, TRAINING, VALIDATION = "tokenizer.json", "training.tokens", "validation.tokens"
+RUN, MODEL = "run.json", "model"
+EVALUATION_TOKENS = 4096  # of one evaluation batch: enough to fill two cores, few enough for 8 GB at V = 50k
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A corpus as token ids.
+
+    Attributes:
+        tokenizer: what made them.
+        training, validation: (N,) ids, memory-mapped.
+        validation_bytes: UTF-8 length of the validation text, for bits per byte.
+        path: the artefact.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    training: np.ndarray
+    validation: np.ndarray
+    validation_bytes: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will take: trained numbers, tokens seen, floating-point operations."""
+
+    parameters: int
+    tokens: int
+    flops: float
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, {self.tokens:,} tokens, {self.flops:.2e} FLOPs"
+
+
+def token_data(config: DataConfig) -> TokenData:
+    """The corpus tokenised, by a tokenizer trained on its training part; made once and kept as an artefact.
+
+    Raises:
+        CourseError: the corpus is not there, or too short to be split.
+    """
+    corpus = corpora.load(config.corpus, **({"path": config.path} if config.path else {}))
+    key = dataclasses.asdict(config) | {"path": None, "sha256": corpus.manifest["sha256"]}
+    if config.tokenizer == "char":
+        del key["vocab_size"]
+    path = artifacts.build("tokens", key, lambda folder: _write_tokens(folder, corpus, config))
+    tokenizer = tokenizers.load(path / TOKENIZER)
+    training, validation = (
+        shards.open_shards(path / name, tokenizer).tokens for name in (TRAINING, VALIDATION)
+    )
+    size = artifacts.lineage(path)["metrics"]["validation_bytes"]
+    return TokenData(tokenizer, training, validation, size, path)
+
+
+def _write_tokens(folder: Path, corpus: corpora.Corpus, config: DataConfig) -> dict[str, int]:
+    training, validation = ([d.text for d in part] for part in corpus.split(config.validation))
+    if config.tokenizer == "char":
+        tokenizer: tokenizers.Tokenizer = tokenizers.CharTokenizer.from_text(corpus.text())
+    else:
+        tokenizer = tokenizers.LibraryTokenizer.train(training, config.vocab_size)
+    tokenizer.save(folder / TOKENIZER)
+    for name, texts in ((TRAINING, training), (VALIDATION, validation)):
+        stream = token_stream(texts, tokenizer)
+        shards.write_shards(folder / name, stream, tokenizer.vocab_size, tokenizer.fingerprint())
+    return {"validation_bytes": sum(len(text.encode()) for text in validation)}
+
+
+def planned_cost(run: Run, config: GPTConfig, world_size: int = 1) -> Cost:
+    """Parameters, tokens and FLOPs of a run, from its configuration alone: no memory is taken."""
+    with torch.device("meta"):
+        model = GPT(config)
+    stages = run.training.tokens_by_context(world_size)
+    flops = sum(tokens * model.flops_per_token(context) for context, tokens in stages)
+    return Cost(model.num_parameters(), sum(tokens for _, tokens in stages), float(flops))
+
+
+def train_language_model(
+    run: Run,
+    data: TokenData,
+    directory: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    progress: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+) -> History:
+    """Train a GPT as `run` says and save it in `directory/model`, beside checkpoints, history and log.
+
+    The weights are drawn from `run.training.seed`, the same on every device.
+
+    Args:
+        run: from `load_run`.
+        data: from `token_data(run.data)`.
+        directory: the run's folder.
+        device: where to train.
+        resume: go on from the newest checkpoint in `directory`.
+        progress: show a progress line.
+        rank, world_size: of this process; with several, torch.distributed is initialised.
+
+    Returns:
+        The trainer's history; the last entry has val_loss (nats per token) and val_bits_per_byte.
+
+    Raises:
+        CourseError: as `Trainer.fit`, and if `directory` holds a run on other data.
+    """
+    _remember(run, data, directory, resume, rank)
+    torch.manual_seed(run.training.seed)
+    model = GPT(run.model_config(data.tokenizer.vocab_size)).to(device)
+    trainer = Trainer(
+        model,
+        run.training,
+        token_batches(data.training, run.training, rank, world_size),
+        evaluate=_evaluator(run, data),
+        directory=directory,
+        progress=progress,
+    )
+    history = trainer.fit(resume=resume)
+    if rank == 0:
+        model_utils.save_model(model, directory / MODEL, data.tokenizer, replace=True)
+    return history
+
+
+def _evaluator(run: Run, data: TokenData) -> Any:
+    context = run.training.context_length
+    loss = lm_evaluator(
+        data.validation, context, max(1, EVALUATION_TOKENS // context), run.training.torch_dtype
+    )
+    predicted = len(data.validation) - 1
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        nats = loss(model)["loss"]
+        return {"loss": nats, "bits_per_byte": nats_to_bits_per_byte(nats * predicted, data.validation_bytes)}
+
+    return evaluate
+
+
+def _remember(run: Run, data: TokenData, directory: Path, resume: bool, rank: int) -> None:
+    """Write down which data and settings this run has, or check that it has them still."""
+    record = {"data": data.path.name, "model": run.model, "training": run.training.identity()}
+    record = json.loads(json.dumps(record))
+    path = directory / RUN
+    for name in (RUN, MODEL) if rank == 0 else ():  # what a killed run was writing
+        files.remove_leftovers(directory / name)
+    if resume and path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CourseError(f"{path} is damaged; delete it to resume without its check.") from error
+        if before["data"] != record["data"]:
+            raise CourseError(f"{directory} was trained on other data; resume with the same data section.")
+    elif rank == 0:
+        if directory.exists() and os.listdir(directory) and not resume:
+            raise CourseError(f"{directory} is not empty; add --resume to go on, or name another folder.")
+        files.atomic_write(path, json.dumps(record, indent=2) + "\n")
