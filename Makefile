@@ -35,6 +35,7 @@ course: setup  ## every notebook that is there, and a table of what it claimed a
 
 test: setup browser lint  ## the whole suite, exactly what CI runs
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit tests/integration tests/faults
+	@PYTHONPATH=$(CURDIR)/tests/sealed $(BIN)/course run --jobs $(JOBS)
 	@$(BIN)/python -m pytest tests/notebooks tests/browser
 
 test-fast: setup lint  ## unit tests only, under three minutes

@@ -60,7 +60,8 @@ if __name__ == "__main__":
     try:
         main()
     except CourseError as error:
-        sys.exit(f"train_translation: {error}")
+        print(f"train_translation: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"train_translation: {interrupt or 'stopped before training began.'}", file=sys.stderr)
         sys.exit(130)

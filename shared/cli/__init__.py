@@ -5,7 +5,6 @@ failed claims or exercises by status 1, Ctrl-C by 130.
 """
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -31,8 +30,7 @@ class CourseGroup(TyperGroup):
 
     def list_commands(self, ctx: typer.Context) -> list[str]:
         """Names in the order of the help."""
-        there = [name for name in LATER if importlib.util.find_spec(f"shared.cli.{name}")]
-        return [*super().list_commands(ctx), *there]
+        return [*super().list_commands(ctx), *LATER]
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
         """A command; for one of `LATER` only its name and line of help."""
@@ -42,7 +40,7 @@ class CourseGroup(TyperGroup):
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
         """The command that is called, imported now."""
-        if args and args[0] in LATER and args[0] in self.list_commands(ctx):
+        if args and args[0] in LATER:
             command = typer.main.get_command(importlib.import_module(f"shared.cli.{args[0]}").app)
             return args[0], command, args[1:]
         return super().resolve_command(ctx, args)
@@ -82,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     try:
         status = typer.main.get_command(app)(args=arguments, prog_name="course", standalone_mode=False)
+        sys.stdout.flush()  # a full disk shows here, not after the end
     except (CourseError, typer.TyperException) as error:
         if debug:
             raise
@@ -89,11 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except typer.Abort:
         status = 130
     except BrokenPipeError:  # the reader of a pipe has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_what_cannot_be_printed()
         return 1
+    except OSError as error:  # the commands say more about their own files; this is /tmp full, and the like
+        if debug:
+            raise
+        _discard_what_cannot_be_printed()
+        where = f" ({error.filename})" if error.filename else ""
+        reason = " ".join((error.strerror or str(error)).split()) or type(error).__name__
+        return _complain(CourseError(f"{reason}{where}; --debug shows where it happened."))
     if status == 130:
         print("Interrupted.", file=sys.stderr)
     return status if isinstance(status, int) else 0
+
+
+def _discard_what_cannot_be_printed() -> None:
+    """Python would try once more at its end, and complain in its own way."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: Exception) -> int:

@@ -1,16 +1,15 @@
 """`course bench`: measurements that anybody can repeat, each a ratio within one run where it can be."""
 
-import importlib.util
 import inspect
-import json
 import platform
-import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
+from shared.cli import streams
+from shared.curriculum import weeks
 from shared.runtime import files
 from shared.runtime.errors import CourseError
 
@@ -64,18 +63,17 @@ def bench(
     page = render(title, inspect.getdoc(function) or "", command, machine(), result)
     if write:
         files.atomic_write(files.repository_root() / "docs" / "benchmarks" / f"{name}.md", page)
-    print(json.dumps({"machine": machine(), **result}, indent=2) if as_json else page, end="\n" * as_json)
+    if as_json:
+        streams.print_json({"machine": machine(), **result})
+    else:
+        print(page, end="")
 
 
 def _module(name: str) -> ModuleType:
     path = files.repository_root() / "tests" / "benchmarks" / f"{name}.py"
     if not path.exists():
         raise CourseError(f"{path} is missing; benchmarks run from a clone of the repository.")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return weeks.import_file(path, name)
 
 
 def machine() -> dict[str, str]:

@@ -1,14 +1,15 @@
 """`course list`, `run`, `check`, `debug`, `status`, `calibrate` and `devlog`."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shared.cli import streams
 from shared.runtime import files
 from shared.runtime.errors import CourseError
 
@@ -44,10 +45,6 @@ def register(app: typer.Typer) -> None:
         app.command(name)(function)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
 def list_weeks(as_json: AsJson = False) -> None:
     """The twenty weeks: what each asks, and whether it is written yet.
 
@@ -57,7 +54,7 @@ def list_weeks(as_json: AsJson = False) -> None:
 
     found = weeks.discover()
     if as_json:
-        _print_json(
+        streams.print_json(
             [
                 {
                     "week": week.slug,
@@ -122,20 +119,22 @@ def run(
     )
     before = {key: entry.seconds for key, entry in planned.earlier.items()}
     entries = {entry.key: entry for entry in planned.unchanged}
-    interrupted = False
+    stopped: BaseException | None = None
     try:
         with RunProgress(planned.jobs, before, jobs) as progress:
             for entry in runner.run(planned, parallel=jobs, save=save, observer=progress):
                 entries[entry.key] = entry
-    except KeyboardInterrupt:
-        interrupted = True
+    except (KeyboardInterrupt, CourseError) as error:  # what has ended is shown all the same
+        stopped = error
     ordered = [entries[key] for key in planned.stamps if key in entries]
     if as_json:
-        _print_json([asdict(entry) for entry in ordered])
+        streams.print_json([asdict(entry) for entry in ordered])
     else:
         _show_run(ordered, {entry.key for entry in planned.unchanged}, display.stdout())
-    if interrupted:
+    if isinstance(stopped, KeyboardInterrupt):
         raise typer.Exit(130)
+    if stopped is not None:
+        raise stopped
     if not all(entry.passed for entry in ordered):
         raise typer.Exit(1)
 
@@ -186,11 +185,13 @@ def _show_problems(entry: "Entry", console: Any) -> None:
         return
     for claim in entry.claims:
         bound = Bound(claim["min"], claim["max"])
-        value = "never measured" if claim["measured"] is None else f"measured {number(claim['measured'])}"
+        value = f"measured {number(claim['measured'])}"
+        if claim["measured"] is None:
+            value = "never measured, or not finite"
         if not claim["as_stated"]:
             verdict = "holds, though stated not to" if claim["holds"] else "does not hold"
-            line = f"[red]{entry.key}[/]: {claim['name']} {verdict}: {value}, bound {bound} ({claim['unit']})"
-            console.print(f"\n{line}", soft_wrap=True)
+            line = f"{claim['name']} {verdict}: {value}, bound {bound} ({claim['unit']})"
+            console.print(f"\n[red]{entry.key}[/]: {escape(line)}", soft_wrap=True)
         elif claim["holds"] is False:
             line = f"{entry.key}: {claim['name']} does not hold, as stated: {value}, bound {bound}"
             console.print(f"\n[yellow]{escape(line)}[/]", soft_wrap=True)
@@ -230,7 +231,7 @@ def check(
     if not solutions:
         status.record_exercises(found.slug, verdicts)
     if as_json:
-        _print_json([asdict(verdict) for verdict in verdicts])
+        streams.print_json([asdict(verdict) for verdict in verdicts])
     else:
         _show_verdicts(verdicts, found.folder / exercises.STUBS)
     if any(verdict.status != exercises.PASSED for verdict in verdicts):
@@ -279,7 +280,7 @@ def debug(
     from shared.cli import display
     from shared.curriculum import faults, weeks
 
-    found = weeks.find(week)
+    found = weeks.find_ready(week)
     every = faults.load(found.slug)
     cases = [one for one in every if one.experiment is not None]
     if not cases:
@@ -320,7 +321,10 @@ def _show_case(number: int, healthy: "Curve", broken: "Curve", console: Any) -> 
 
 def _diagnose(hidden: "Fault", names: Sequence[str], answer: str | None, number: int, console: Any) -> bool:
     """Ask until the fault is found or the help is used up; True if it was found."""
-    helps = [f"Hint: {hidden.hint}", f"Symptom: {hidden.symptom}"]
+    from rich.markup import escape
+
+    symptom, seen_by = escape(hidden.symptom), escape(hidden.caught_by)  # "test_x[plain]" is no style
+    helps = [f"Hint: {escape(hidden.hint)}", f"Symptom: {symptom}"]
     console.print("\nWhich fault is it?")
     for index, name in enumerate(names, start=1):
         console.print(f"  {index}  {name.replace('_', ' ')}")
@@ -332,18 +336,14 @@ def _diagnose(hidden: "Fault", names: Sequence[str], answer: str | None, number:
     while True:
         given = answer if answer is not None else _ask(names)
         if given == hidden.name:
-            console.print(
-                f"\n[green]Right: {hidden.name.replace('_', ' ')}.[/] {hidden.symptom}", soft_wrap=True
-            )
-            console.print(f"The check that sees it: {hidden.caught_by}", soft_wrap=True)
+            console.print(f"\n[green]Right: {hidden.name.replace('_', ' ')}.[/] {symptom}", soft_wrap=True)
+            console.print(f"The check that sees it: {seen_by}", soft_wrap=True)
             return True
         console.print(f"\n[red]It is not {given.replace('_', ' ')!r}.[/] {helps.pop(0)}", soft_wrap=True)
         if answer is not None:
             return False
         if not helps:
-            console.print(
-                f"It was {hidden.name.replace('_', ' ')}; {hidden.caught_by} sees it.", soft_wrap=True
-            )
+            console.print(f"It was {hidden.name.replace('_', ' ')}; {seen_by} sees it.", soft_wrap=True)
             return False
 
 
@@ -366,7 +366,7 @@ def status(as_json: AsJson = False) -> None:
 
     state = states.collect()
     if as_json:
-        _print_json(asdict(state))
+        streams.print_json(asdict(state))
         return
     _show_status(state)
 
@@ -427,17 +427,20 @@ def calibrate(
     failures: list[Entry] = []
     root = files.repository_root()
     with RunProgress(todo, before, jobs) as progress:
-        for job, outcome in execution.execute(
+        executed = execution.execute(
             todo, parallel=jobs, cores=planned.cores, limits=planned.limits, observer=progress
-        ):
-            if outcome.status == execution.RAN:
-                measured[job.seed] |= notebooks.measured(outcome.executed)
-            else:
-                failures.append(runner.judge(job, outcome, planned.scale, root))
+        )
+        with closing(executed):
+            for job, outcome in executed:
+                if outcome.status == execution.RAN:
+                    measured[job.seed] |= notebooks.measured(outcome.executed)
+                else:
+                    failures.append(runner.judge(job, outcome, planned.scale, root))
     names = {book.name for book in chosen}
     folder = weeks.find(chosen[0].week).folder
     stated = [claim for claim in runner.week_claims(chosen[0], root) if claim.notebook in names]
-    found = calibration.spreads(stated, measured, planned.scale, calibration.machine(planned.cores))
+    on = calibration.machine(planned.scale, planned.cores)
+    found = calibration.spreads(stated, measured, planned.scale, on)
     calibration.write(folder, found)
     _show_spreads(found, failures, _relative(folder / "claims.yaml"))
     if failures or any(spread.disagreeing for spread in found):
@@ -466,10 +469,15 @@ def _show_spreads(found: Sequence["Spread"], failures: Sequence["Entry"], path: 
     for entry in failures:
         console.print(f"\nseed {entry.seed}", end="")
         _show_problems(entry, console)
-    console.print(f"\nWritten to {path}", soft_wrap=True)
+    written = sum(spread.complete for spread in found)
+    console.print(f"\n{written} of {len(found)} spreads written to {path}", soft_wrap=True)
 
 
-def devlog(week: Weeks = None) -> None:
+def devlog(
+    week: Annotated[
+        list[str] | None, typer.Argument(metavar="WEEK", help="week1, 2; all with a template.")
+    ] = None,
+) -> None:
     """Fill the notebooks' numbers into docs/weekly-logs.
 
     Example: course devlog week2
@@ -478,7 +486,7 @@ def devlog(week: Weeks = None) -> None:
 
     for template in devlogs.select(week or []):
         text, path = devlogs.render(template), devlogs.log_path(template)
-        same = path.exists() and path.read_text(encoding="utf-8") == text
+        same = path.exists() and path.read_bytes() == text.encode()
         if not same:
             files.atomic_write(path, text)
         print(f"{_relative(path)} {'is up to date' if same else 'written'}")

@@ -1,6 +1,5 @@
 """`course generate`: continue a text with a trained model."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -9,13 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shared.cli import streams
 from shared.runtime.errors import CourseError
 
 if TYPE_CHECKING:
     from shared.data.tokenizers import Tokenizer
     from shared.models.gpt import GPT
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.command("generate")
@@ -56,7 +60,7 @@ def generate(
 
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     machine = scale.start("auto", seed, quiet=True)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = streams.text_argument(prompt)
     gpt, tokenizer = _load(model)
     ids = tokenizer.encode(text)
     started = time.perf_counter()
@@ -80,7 +84,7 @@ def generate(
     seconds = time.perf_counter() - started
     if as_json:
         report = {"prompt": text, "completion": completion, "tokens": len(new), "seed": seed}
-        print(json.dumps(report | {"seconds": round(seconds, 3)}, indent=2, ensure_ascii=False))
+        streams.print_json(report | {"seconds": round(seconds, 3)})
     elif not stream:
         print(text + completion)
     print(f"{len(new)} tokens in {seconds:.2f} s, seed {seed}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """`course tokenizer`: train, inspect, encode, decode."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shared.cli import streams
 from shared.runtime.errors import CourseError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def train(
         "fingerprint": tokenizer.fingerprint(),
     }
     if as_json:
-        _print_json(result)
+        streams.print_json(result)
         return
     if tokenizer.vocab_size < vocab_size:
         print(
@@ -111,7 +111,7 @@ def inspect(file: File, as_json: AsJson = False) -> None:
         "fingerprint": tokenizer.fingerprint(),
     }
     if as_json:
-        _print_json(result)
+        streams.print_json(result)
         return
     from rich.text import Text
 
@@ -148,9 +148,9 @@ def encode(
     Example: course tokenizer encode docs.json "Return the sum."
     """
     tokenizer = _load(file)
-    ids = tokenizer.encode(_argument(text), allow_special=special)
+    ids = tokenizer.encode(streams.text_argument(text), allow_special=special)
     if as_json:
-        _print_json({"ids": ids, "tokens": [_readable(tokenizer.token_bytes(index)) for index in ids]})
+        streams.print_json({"ids": ids, "tokens": [_readable(tokenizer.token_bytes(index)) for index in ids]})
     else:
         print(*ids)
 
@@ -165,10 +165,10 @@ def decode(
 
     Example: course tokenizer decode docs.json 512 77 301
     """
-    words = _argument("-").split() if ids == ["-"] else ids
+    words = streams.text_argument("-").split() if ids == ["-"] else ids
     text = _load(file).decode([_number(word) for word in words])
     if as_json:
-        _print_json({"text": text})
+        streams.print_json({"text": text})
     else:
         print(text)
 
@@ -186,16 +186,6 @@ def _number(word: str) -> int:
         raise CourseError(
             f"{word[:40]!r} is not a token id; give whole numbers with spaces between them."
         ) from error
-
-
-def _argument(text: str) -> str:
-    if text != "-":
-        return text
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CourseError(f"Standard input is not UTF-8 at byte {error.start}; convert it first.") from error
 
 
 def _readable(token: bytes) -> str:
@@ -226,7 +216,3 @@ def _progress() -> Iterator["Callable[[int, int], None]"]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Reading and counting words", total=None)
         yield lambda done, total: bar.update(task, description="Learning merges", completed=done, total=total)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))

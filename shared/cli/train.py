@@ -1,12 +1,13 @@
 """`course train`: a language model from a configuration file, on one process or several."""
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from shared.cli import streams
 
 app = typer.Typer(
     add_completion=False,
@@ -73,7 +74,7 @@ def _announce(lines: list[str]) -> None:
 
 def _report(last: dict[str, float], directory: Path, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({**last, "model": str(directory / "model")}, indent=2))
+        streams.print_json({**last, "model": str(directory / "model")})
         return
     losses = f"{last['val_loss']:.4f} nats per token, {last['val_bits_per_byte']:.4f} bits per byte"
     effort = f"{last['step']:,} updates, {last['tokens']:,} tokens, {last['seconds']:.0f} s of training"

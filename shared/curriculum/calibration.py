@@ -51,12 +51,13 @@ class Spread:
         )
 
 
-def machine(cores: int) -> str:
-    """What `calibrated.on` says of this machine: "2 cores, torch 2.13.0"."""
+def machine(scale: str, cores: int) -> str:
+    """What `calibrated.on` says of this machine: "2 cores, torch 2.13.0", or "gpu scale, torch 2.13.0"."""
     from importlib import metadata
 
     version = metadata.version("torch").partition("+")[0]
-    return f"{cores} core{'s' * (cores > 1)}, torch {version}"
+    where = f"{cores} core{'s' * (cores > 1)}" if scale == "cpu" else f"{scale} scale"
+    return f"{where}, torch {version}"
 
 
 def spreads(
@@ -76,23 +77,22 @@ def write(folder: Path, found: Sequence[Spread]) -> None:
         CourseError: the file cannot be written, or is laid out so that a line cannot be placed safely.
     """
     path = folder / claims.FILE
-    before = claims.load(folder)
-    text = path.read_text(encoding="utf-8")
-    new = text
+    text = new = files.read_text(path)
+    before = claims.parse(text, folder)
     for spread in found:
         if spread.complete:
             new = _with_calibration(new, spread)
-    files.atomic_write(path, new)
     try:
-        after = claims.load(folder)
+        after = claims.parse(new, folder)
     except CourseError:
         after = ()
     if [_without_calibration(claim) for claim in after] != [_without_calibration(claim) for claim in before]:
-        files.atomic_write(path, text)
         raise CourseError(
             f"{folder.name}/{claims.FILE} is laid out so that it cannot be edited safely; start each claim "
             "with '- name: …' and give each key its own line."
         )
+    if new != text:
+        files.atomic_write(path, new)
 
 
 def _without_calibration(claim: Claim) -> Claim:

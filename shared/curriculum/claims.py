@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.curriculum import weeks
+from shared.runtime import files
 from shared.runtime.errors import CourseError
 
 FILE = "claims.yaml"
@@ -44,7 +45,7 @@ SCALES = ("cpu", "gpu", "h100x2")  # as shared.runtime.scale.NAMES, which would 
 
 _REQUIRED = ("name", "says", "source", "notebook", "unit", "bounds", "null")
 _OPTIONAL = ("calibrated", "holds", "why")
-_CALIBRATED = {"seeds": int, "mean": float, "sd": float, "min": float, "max": float, "on": str}
+_CALIBRATED = ("seeds", "mean", "sd", "min", "max", "on")
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,19 @@ class Verdict:
 
     @property
     def holds(self) -> bool | None:
-        """The measurement is within the bound. None: not claimed at this scale."""
+        """The measurement is finite and within the bound. None: not claimed at this scale."""
         if self.bound is None:
             return None
-        return self.measured is not None and self.bound.holds(self.measured)
+        return self._finite and self.bound.holds(self.measured)
+
+    @property
+    def _finite(self) -> bool:
+        return self.measured is not None and math.isfinite(self.measured)
 
     @property
     def as_stated(self) -> bool:
-        """What was seen agrees with what `claims.yaml` states; a claim that was never measured never does."""
-        if self.measured is None:
+        """What was seen agrees with what `claims.yaml` states; without a finite measurement it never does."""
+        if not self._finite:
             return False
         return self.holds is None or self.holds == self.claim.expected_at(self.scale)
 
@@ -152,10 +157,9 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """The entry of `results.json`; a measurement that is not finite is null there."""
         bound = self.bound or Bound()
-        finite = self.measured is not None and math.isfinite(self.measured)
         return {
             "name": self.claim.name,
-            "measured": self.measured if finite else None,
+            "measured": self.measured if self._finite else None,
             "unit": self.claim.unit,
             "min": bound.min,
             "max": bound.max,
@@ -187,18 +191,25 @@ def load(folder: Path) -> tuple[Claim, ...]:
         CourseError: the file is not as the module's docstring says; file, claim and key are named.
     """
     path = Path(folder) / FILE
-    if not path.exists():
-        return ()
-    shown = f"{path.parent.name}/{FILE}"
+    return parse(files.read_text(path), path.parent) if path.exists() else ()
+
+
+def parse(text: str, folder: Path) -> tuple[Claim, ...]:
+    """The claims that `text` makes, as the `claims.yaml` of a week folder.
+
+    Raises:
+        CourseError: as `load`.
+    """
+    shown = f"{folder.name}/{FILE}"
     claims: list[Claim] = []
-    for position, entry in enumerate(_read(path, shown), start=1):
+    for position, entry in enumerate(_entries(text, shown), start=1):
         name = entry.get("name") if isinstance(entry, dict) else None
         label = f"claim {name!r}" if isinstance(name, str) else f"claim {position}"
         try:
             claim = _claim(entry)
             if claim.name in {other.name for other in claims}:
                 raise _Problem("key 'name' is used twice; give each claim its own")
-            _check_notebook(claim, path.parent)
+            _check_notebook(claim, folder)
         except _Problem as problem:
             raise CourseError(f"{shown}, {label}: {problem}.") from None
         claims.append(claim)
@@ -228,17 +239,15 @@ def _loader() -> type:
     return Loader
 
 
-def _read(path: Path, shown: str) -> list[Any]:
+def _entries(text: str, shown: str) -> list[Any]:
     import yaml
 
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except UnicodeDecodeError as error:
-        raise CourseError(f"{shown} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    except yaml.YAMLError as error:
+        data = yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date with month 13 is a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error)
+        reason = " ".join((getattr(error, "problem", None) or str(error)).split())
         raise CourseError(f"{shown}{where} is not valid YAML: {reason}.") from error
     if data is None:
         return []
@@ -265,7 +274,7 @@ def _claim(entry: Any) -> Claim:
         null=_number(entry["null"], "null"),
         calibrated=_calibrated(entry["calibrated"]) if "calibrated" in entry else None,
         expected=_flag(entry.get("holds", True)),
-        why=" ".join(_text(entry.get("why", "-"), "why").split()) if "why" in entry else "",
+        why=" ".join(_text(entry["why"], "why").split()) if "why" in entry else "",
     )
     if claim.expected == bool(claim.why):
         raise _Problem("keys 'holds: false' and 'why' go together; give both or neither")
@@ -280,14 +289,10 @@ def _claim(entry: Any) -> Claim:
     return claim
 
 
-def _check_keys(entry: dict[Any, Any]) -> None:
+def _check_keys(entry: dict[str, Any]) -> None:
     for key in entry:
-        if key is None:
-            raise _Problem(
-                "key 'null' is written so that YAML reads it as nothing; write \"null\": in quotes"
-            )
         if key not in (*_REQUIRED, *_OPTIONAL):
-            close = difflib.get_close_matches(str(key), (*_REQUIRED, *_OPTIONAL), n=1)
+            close = difflib.get_close_matches(key, (*_REQUIRED, *_OPTIONAL), n=1)
             raise _Problem(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     missing = [key for key in _REQUIRED if key not in entry]
     if missing:

@@ -110,7 +110,7 @@ def render(template: Path, root: Path | None = None) -> str:
         return known[name]
 
     lines = []
-    for number, line in enumerate(template.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
+    for number, line in enumerate(files.read_text(template).splitlines(keepends=True), start=1):
         try:
             lines.append(_PLACEHOLDER.sub(lambda match: _fill(match, week_verdicts, root), line))
             if left := re.search(r"\{\{.*?\}\}", lines[-1]):

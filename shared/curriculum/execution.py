@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 
 from shared.curriculum import kernel, notebooks, weeks
+from shared.runtime import artifacts
+from shared.runtime.errors import CourseError
 
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0  # between looks for new processes: each reads the whole process table
@@ -58,7 +60,7 @@ class Outcome:
         seconds: wall-clock time, kernel start included.
         peak_rss_mb: the most memory (10⁶ bytes, resident) that the process tree was seen to hold.
         original: the notebook as it was when the execution began.
-        executed: the notebook with its outputs; None if it was ended from outside.
+        executed: the notebook with the outputs it got to; None if there is no readable copy.
         error: None, or cell, code (its first line), message and last_lines.
     """
 
@@ -110,6 +112,7 @@ class _Running:
             "notebook": str(self.folder / "notebook.ipynb"),
             "cwd": str(path.parent),
             "parameters": {"scale": self.job.scale, "seed": self.job.seed},
+            "runner": os.getpid(),
         }
         (self.folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         with (self.folder / "stderr.txt").open("wb") as stderr:
@@ -132,6 +135,7 @@ class _Running:
         threads = str(self.threads)
         return {
             **os.environ,
+            **artifacts.environment(),
             "PYTHONPATH": os.pathsep.join(filter(None, search)),
             "COURSE_THREADS": threads,
             "OMP_NUM_THREADS": threads,
@@ -196,8 +200,9 @@ class _Running:
 
     def _outcome(self, status: str, seconds: float, error: dict[str, Any] | None) -> Outcome:
         self.stop()
-        path = self.folder / "executed.ipynb"
-        executed = notebooks.read(path) if path.exists() else None
+        executed = None
+        with suppress(CourseError):  # it never began, or was ended while papermill wrote the file
+            executed = notebooks.read(self.folder / "executed.ipynb")
         return Outcome(status, round(seconds, 2), round(self.peak / 1e6, 1), self.original, executed, error)
 
     def stop(self) -> None:

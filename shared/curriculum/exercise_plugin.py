@@ -124,9 +124,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     """Write how a test ended."""
     report = yield
     identity = _identity(item)
-    if identity and (report.when == "call" or report.failed):
+    if identity and (report.when == "call" or not report.passed):
         session: _Session = item.config.course_session
-        error, message = _explain(call.excinfo.value, session.folder) if report.failed else (None, "")
+        error, message = (None, "")
+        if not report.passed:  # skipped is not passed
+            error, message = _explain(call.excinfo.value, session.folder)
         session.write(result={**identity, "error": error, "message": message})
     return report
 

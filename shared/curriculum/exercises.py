@@ -29,12 +29,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.curriculum import weeks
+from shared.runtime import artifacts
 from shared.runtime.errors import CourseError
 
 STUBS, SOLUTIONS, TESTS = "exercises.py", "solutions.py", "test_exercises.py"
 PASSED, NOT_STARTED, FAILING, TOO_SLOW = "passed", "not started", "failing", "too slow"
 TEST_SECONDS = 20  # one test; a reader's loop may never end
 TOTAL_SECONDS = 600
+_PYTEST_PROBLEMS = (2, 3, 4, 5)  # interrupted, internal error, wrong usage, no test
 _ORDER = (
     NOT_STARTED,
     TOO_SLOW,
@@ -117,17 +119,6 @@ def exercise(*, minutes: int, difficulty: int, teaches: str, hint: str) -> Calla
     return mark
 
 
-def load(week: str, root: Path | None = None) -> tuple[Exercise, ...]:
-    """The exercises of a week, in the order of the file.
-
-    Raises:
-        CourseError: no such week, or its `exercises.py` is missing or does not load.
-    """
-    found = weeks.find(week, root)
-    module = weeks.import_file(found.folder / STUBS, f"course_{found.slug.replace('-', '_')}_stubs")
-    return cards(module)
-
-
 def cards(module: Any) -> tuple[Exercise, ...]:
     """The cards of the exercises that a loaded `exercises.py` defines."""
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
@@ -165,20 +156,25 @@ def run_tests(
     with tempfile.TemporaryDirectory(prefix="course-check-") as temporary:
         report = Path(temporary) / "report.jsonl"
         request = {"folder": str(found.folder), "answers": list(answers), "names": list(names)}
-        output = _pytest(found.folder / TESTS, {**request, "report": str(report)}, Path(temporary))
+        code, output = _pytest(found.folder / TESTS, {**request, "report": str(report)}, Path(temporary))
         lines = report.read_text(encoding="utf-8").splitlines() if report.exists() else []
-    return _read_report(found, [json.loads(line) for line in lines], output)
+    return _read_report(found, [json.loads(line) for line in lines], code, output)
 
 
-def _pytest(tests: Path, request: dict[str, Any], folder: Path) -> str:
-    """Run pytest over `tests`; what it printed, empty if it ran well or had to be ended."""
+def _pytest(tests: Path, request: dict[str, Any], folder: Path) -> tuple[int | None, str]:
+    """Run pytest over `tests`: its exit status, None if it had to be ended, and what it printed."""
     command = [sys.executable, "-m", "pytest", str(tests), "-q", "--tb=no", "-c", os.devnull]
     command += ["-p", "shared.curriculum.exercise_plugin", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
     command += [f"--rootdir={tests.parent}", f"--timeout={TEST_SECONDS}"]
     path = os.pathsep.join(
         filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")])
     )
-    environment = {**os.environ, "COURSE_EXERCISES": json.dumps(request), "PYTHONPATH": path}
+    environment = {
+        **os.environ,
+        **artifacts.environment(),
+        "COURSE_EXERCISES": json.dumps(request),
+        "PYTHONPATH": path,
+    }
     environment |= {
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
@@ -196,32 +192,40 @@ def _pytest(tests: Path, request: dict[str, Any], folder: Path) -> str:
             timeout=TOTAL_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return ""
-    return "" if ended.returncode in (0, 1) else ended.stdout + ended.stderr
+        return None, ""
+    return ended.returncode, ended.stdout + ended.stderr
 
 
 def _read_report(
-    week: weeks.Week, records: list[dict[str, Any]], output: str
+    week: weeks.Week, records: list[dict[str, Any]], code: int | None, output: str
 ) -> tuple[list[Exercise], list[TestResult]]:
     problem = next((record["problem"] for record in records if "problem" in record), None)
     if problem:
         raise CourseError(problem)
     exercises = [Exercise(**card) for record in records for card in record.get("exercises", ())]
-    if output or not exercises:
+    if code in _PYTEST_PROBLEMS or not exercises:
         last = [
             line for line in output.splitlines() if line.strip().startswith(("E ", "ERROR", "INTERNALERROR"))
         ]
         reason = last[-1].strip() if last else (output.strip().splitlines() or ["pytest gave no output"])[-1]
         raise CourseError(f"The tests of {week.slug} could not be run: {reason}")
+    lost = {"error": "crash", "message": "It ended Python itself: a crash in native code, or an exit."}
+    if code is None:
+        lost = {"error": "timeout", "message": "It did not come to an end."}
     results: dict[tuple[str, str], TestResult] = {}
     for record in records:
-        if "started" in record:  # stands if the process was ended while this test ran
-            result = TestResult(**record["started"], error="timeout", message="It did not come to an end.")
+        if "started" in record:  # stands if the process ended while this test ran
+            result = TestResult(**record["started"], **lost)
             results[result.test, result.answers] = result
         if "result" in record:
             result = TestResult(**record["result"])
             results[result.test, result.answers] = result
-    return exercises, list(results.values())
+    found = list(results.values())
+    if any(result.error == lost["error"] for result in found):
+        tested = {result.exercise for result in found}
+        lost["message"] = "Not tested: an earlier test ended the process, or was ended with it."
+        found += [TestResult(card.name, "", "", **lost) for card in exercises if card.name not in tested]
+    return exercises, found
 
 
 def check(

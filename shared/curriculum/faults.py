@@ -91,6 +91,7 @@ def replaced(owner: object, attribute: str, new: object) -> Iterator[None]:
     old = None if inherited else vars(owner)[attribute]  # the raw one: a staticmethod stays a staticmethod
     imported = isinstance(owner, ModuleType) and callable(old)
     elsewhere = _bindings(old, "shared", "__main__") if imported else []
+    own = [(id(namespace), name) for namespace, name in _bindings(new, "shared")] if imported else []
     setattr(owner, attribute, new)
     for namespace, name in elsewhere:
         namespace[name] = new
@@ -98,7 +99,8 @@ def replaced(owner: object, attribute: str, new: object) -> Iterator[None]:
         yield
     finally:
         if imported:
-            elsewhere += _bindings(new, "shared")  # modules that were first imported inside the block
+            # Modules that were first imported inside the block; where `new` already was, it stays.
+            elsewhere += [one for one in _bindings(new, "shared") if (id(one[0]), one[1]) not in own]
         for namespace, name in elsewhere:
             namespace[name] = old
         if inherited:

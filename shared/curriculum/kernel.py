@@ -11,25 +11,27 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shared.curriculum import notebooks
+from shared.runtime import files
 
 LAST_LINES = 15
 
 
-def _end_with_parent() -> None:
-    """Leave nothing running when the runner is killed in a way that it cannot notice."""
-    parent = os.getppid()
+def _end_with(runner: int) -> None:
+    """Leave nothing running when the runner (a process id) is killed in a way that it cannot notice."""
 
     def watch() -> None:
         import psutil
 
-        while os.getppid() == parent:
+        while os.getppid() == runner:
             time.sleep(0.5)
         for child in psutil.Process().children(recursive=True):
-            child.kill()
+            with suppress(psutil.Error):  # it has ended by itself
+                child.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -144,9 +146,10 @@ def _plain(traceback: list[str], cells: list[Any]) -> list[str]:
 def main() -> None:
     """Execute the notebook of the request file named on the command line."""
     path = Path(sys.argv[1])
-    _end_with_parent()
-    failure = _execute(json.loads(path.read_text(encoding="utf-8")), path.parent)
-    (path.parent / "result.json").write_text(json.dumps(failure), encoding="utf-8")
+    request = json.loads(path.read_text(encoding="utf-8"))
+    _end_with(request["runner"])
+    failure = _execute(request, path.parent)
+    files.atomic_write(path.parent / "result.json", json.dumps(failure))  # half of one is no result
 
 
 if __name__ == "__main__":

@@ -50,11 +50,21 @@ def read(path: Path) -> Json:
         data = Path(path).read_bytes()
     try:
         notebook = json.loads(data)
-        if notebook["nbformat"] != 4 or not isinstance(notebook["cells"], list):
-            raise ValueError("its format is not 4")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CourseError(f"{path.parent.name}/{path.name} is not a readable notebook: {error}.") from error
+    if not _is_format_4(notebook):
+        raise CourseError(f"{path.parent.name}/{path.name} is not a readable notebook of format 4.")
     return notebook
+
+
+def _is_format_4(notebook: object) -> bool:
+    return (
+        isinstance(notebook, dict)
+        and notebook.get("nbformat") == 4
+        and isinstance(notebook.get("metadata"), dict)
+        and isinstance(notebook.get("cells"), list)
+        and all(isinstance(cell, dict) and {"cell_type", "source"} <= set(cell) for cell in notebook["cells"])
+    )
 
 
 def dumps(notebook: Json) -> str:

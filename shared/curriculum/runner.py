@@ -105,18 +105,18 @@ def _prepare_output() -> None:
 def fingerprint(notebook: weeks.Notebook, scale: str, seed: int, root: Path) -> str:
     """SHA-256 of everything that decides what a notebook shows.
 
-    That is its code, the sources of `shared`, the configurations, the week's other files, scale, seed, the
-    version of torch, and which files $COURSE_DATA holds.
+    That is its code, the sources and samples of `shared`, the configurations, the week's other files, scale,
+    seed, the version of torch, and which files $COURSE_DATA holds.
     """
     inputs = {
         "code": notebooks.source_sha256(notebooks.read(notebook.path)),
-        "shared": _tree(Path(__file__).resolve().parents[1], "*.py", "*.yaml"),
+        "shared": _tree(Path(__file__).resolve().parents[1], "*.py", "*.yaml", "*.txt"),
         "configs": _tree(root / "configs", "*"),
         "week": _tree(notebook.path.parent, "*.py", "*.yaml"),
         "scale": scale,
         "seed": seed,
         "torch": metadata.version("torch"),
-        "data": _listing(os.environ.get("COURSE_DATA")),
+        "data": _listing(artifacts.environment().get("COURSE_DATA")),
     }
     return files.sha256_json(inputs)
 
@@ -275,21 +275,25 @@ def run(
     Each executed notebook is kept beside `results.json`; with `save`, one that passed is written in place.
 
     Raises:
-        CourseError: output cannot be written.
+        CourseError: output cannot be written; or, after all have run, notebooks were edited meanwhile and are
+            not saved.
         KeyboardInterrupt: on Ctrl-C or SIGTERM; the finished ones are kept, the others ended.
     """
     root = root or files.repository_root()
     executed = execution.execute(
         planned.jobs, parallel=parallel, cores=planned.cores, limits=planned.limits, observer=observer
     )
+    edited = []
     with closing(executed):
         for job, outcome in executed:
             entry = judge(job, outcome, planned.scale, root, planned.stamps[job.notebook.key])
             _keep(job, outcome, entry, root)
-            if save and entry.passed:
-                _save(job.notebook, outcome, entry, root)
             _record(entry)
+            if save and entry.passed and not _save(job.notebook, outcome, entry, root):
+                edited.append(entry.key)
             yield entry
+    if edited:
+        raise CourseError(f"Edited while running and so not saved: {', '.join(edited)}; run again.")
 
 
 def _keep(job: Job, outcome: Outcome, entry: Entry, root: Path) -> None:
@@ -308,9 +312,11 @@ def _cleaned(outcome: Outcome, entry: Entry, root: Path) -> notebooks.Json:
     return notebooks.saved(outcome.original, outcome.executed, record, root)
 
 
-def _save(notebook: weeks.Notebook, outcome: Outcome, entry: Entry, root: Path) -> None:
+def _save(notebook: weeks.Notebook, outcome: Outcome, entry: Entry, root: Path) -> bool:
+    """Write the outputs into the notebook; False if its code is not that which ran."""
     now = notebooks.read(notebook.path)
     if notebooks.source_sha256(now) != notebooks.source_sha256(outcome.original):
-        raise CourseError(f"{notebook.key} was edited while it ran, so it is not saved; run it again.")
+        return False
     current = Outcome(outcome.status, outcome.seconds, outcome.peak_rss_mb, now, outcome.executed)
     files.atomic_write(notebook.path, notebooks.dumps(_cleaned(current, entry, root)))
+    return True

@@ -1,10 +1,14 @@
 """What a reader has done so far: notebooks run, exercises solved, artefacts built."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from shared.curriculum import exercises, runner, weeks
 from shared.curriculum.exercises import Verdict
@@ -83,8 +87,8 @@ def _solved() -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return {week: dict(verdicts) for week, verdicts in json.loads(path.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise CourseError(f"{path} is not readable; remove it and check the exercises again.") from error
 
 
@@ -94,9 +98,13 @@ def record_exercises(week: str, verdicts: Sequence[Verdict]) -> None:
     Raises:
         CourseError: the file cannot be written.
     """
-    known = _solved()
-    known.setdefault(week, {}).update({verdict.exercise.name: verdict.status for verdict in verdicts})
-    files.atomic_write(_exercises_path(), json.dumps(known, indent=2) + "\n")
+    path = _exercises_path()
+    with files.explained("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # two checks may end at once
+            known = _solved()
+            known.setdefault(week, {}).update({one.exercise.name: one.status for one in verdicts})
+            files.atomic_write(path, json.dumps(known, indent=2) + "\n")
 
 
 def _exercises(week: weeks.Week) -> ExerciseState:
@@ -110,8 +118,16 @@ def _exercises(week: weeks.Week) -> ExerciseState:
 def _artefacts() -> list[ArtefactState]:
     home = artifacts.home()
     kinds: dict[str, list[float]] = {}
-    for lineage in sorted(home.rglob(artifacts.LINEAGE)) if home.exists() else ():
-        kind = lineage.parents[1].relative_to(home).as_posix()
-        size = sum(path.stat().st_size for path in lineage.parent.rglob("*") if path.is_file())
-        kinds.setdefault(kind, []).append(size / 1e6)
+    for folder, _, names in sorted(os.walk(home)):  # what vanishes meanwhile is passed over
+        if artifacts.LINEAGE in names and not Path(folder).name.startswith("."):  # hidden: still being built
+            kinds.setdefault(Path(folder).parent.relative_to(home).as_posix(), []).append(_megabytes(folder))
     return [ArtefactState(kind, len(sizes), round(sum(sizes), 1)) for kind, sizes in kinds.items()]
+
+
+def _megabytes(folder: str) -> float:
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(parent, name)).st_size
+    return size / 1e6

@@ -210,7 +210,8 @@ def import_file(path: Path, name: str) -> ModuleType:
     except Exception as error:
         line = _line_in(path, error)
         where = f" (line {line})" if line else ""
-        raise CourseError(f"{shown} does not load: {type(error).__name__}: {error}{where}.") from error
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise CourseError(f"{shown} does not load: {type(error).__name__}: {reason}{where}.") from error
     return module
 
 

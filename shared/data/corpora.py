@@ -78,6 +78,9 @@ class Corpus:
             by: "package" holds out whole packages, chosen by hash, so that nothing of them is seen in
                 training; "document" chooses single documents by hash; "position" takes the end of the text,
                 cutting one document in two, as nanoGPT does.
+
+        Raises:
+            CourseError: no package or document is small enough to be held out.
         """
         if not 0 < validation < 1:
             raise ValueError(f"validation must be a share between 0 and 1, not {validation}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from shared.data.tokenizers import END_OF_TEXT, Tokenizer
+from shared.runtime.errors import CourseError
 
 _TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{4,}")
@@ -38,7 +39,7 @@ def split_groups(sizes: dict[str, int], validation: float) -> set[str]:
         validation: share in (0, 1).
 
     Raises:
-        ValueError: every group is too large.
+        CourseError: every group is too large.
     """
     room = validation * sum(sizes.values())
     largest = room / 4
@@ -48,8 +49,9 @@ def split_groups(sizes: dict[str, int], validation: float) -> set[str]:
             room -= sizes[name]
             chosen.add(name)
     if not chosen:
-        raise ValueError(
-            f"none of {len(sizes)} groups is small enough to be held out; split by position instead"
+        raise CourseError(
+            f"None of {len(sizes)} groups of texts is small enough to be a part of {validation:.2%} that is "
+            "held out; hold out more, or split by position."
         )
     return chosen
 

@@ -83,7 +83,10 @@ class Sampling:
     def __post_init__(self):
         """Raises CourseError, naming the setting, its value and what is allowed."""
         allowed = {
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (
+                self.temperature == 0 or 1e-6 <= self.temperature < float("inf"),
+                "0 (greedy) or at least 0.000001",  # dividing by less leaves the range of float32
+            ),
             "top_k": (self.top_k is None or self.top_k >= 1, "a whole number of at least 1"),
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "more than 0 and at most 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),

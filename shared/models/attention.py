@@ -175,7 +175,7 @@ def _plain(q, k, v, causal, window, mask, bias, scale, dropout, return_weights):
     weights = scores.softmax(dim=-1)
     if may_be_blind:
         weights = weights * visible  # zeros for a query that sees nothing; elsewhere these are zeros already
-    kept = F.dropout(weights, dropout) if dropout else weights
+    kept = (F.dropout(weights, dropout) if dropout else weights).to(v.dtype)  # a bias may have widened them
     out = torch.bmm(kept.view(B * Hkv, -1, Tk), v.reshape(B * Hkv, Tk, -1)).view(B, H, Tq, -1)
     return (out, weights) if return_weights else out
 
@@ -192,10 +192,20 @@ def _sdpa(q, k, v, causal, window, mask, bias, scale, dropout):
         blind = ~allowed.any(-1, keepdim=True)  # no key at all: let it see anything, then take that away
         allowed = allowed | blind
     if bias is not None:
-        bias = bias.to(q.dtype)
-        allowed = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
+        allowed = _kernel_bias(bias, allowed, q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **options)
     return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def _kernel_bias(bias: Tensor, allowed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Bias and mask in the one tensor, of the queries' dtype, that PyTorch's kernel takes."""
+    full = bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
+    if torch.promote_types(dtype, bias.dtype) != dtype:
+        # In bfloat16 500 and 501 are the same number. Softmax does not see what is added to all keys of a
+        # query, so each query's largest bias becomes 0, and what is rounded is small where weights are large.
+        largest = full.detach().amax(-1, keepdim=True)
+        full = full - largest.clamp_min(torch.finfo(full.dtype).min)
+    return full.to(dtype)
 
 
 class _Tiled(torch.autograd.Function):

@@ -10,7 +10,7 @@ in `transformers`; OpenAI's code draws the positions from N(0, 0.01).
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class GPTConfig:
         norm: "layernorm" or "rmsnorm", before each sublayer and before the head.
         norm_eps: ε of the norms.
         norm_affine: RMSNorms have a trained weight.
-        position: "learned", "sinusoidal", "rope", "alibi" or "none".
+        position: "learned", "sinusoidal" (of root mean square init_std), "rope", "alibi" or "none".
         activation: "gelu_tanh", "gelu", "relu", "relu2" or "swiglu".
         qk_norm: RMSNorm on each head's queries and keys.
         bias: bias vectors in linear layers and LayerNorms.
@@ -104,6 +104,9 @@ class GPTConfig:
                 raise CourseError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         if not 0.0 <= self.dropout < 1.0:
             raise CourseError(f"dropout is {self.dropout!r}; it must be at least 0 and less than 1.")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise CourseError(f"{name} is {getattr(self, name)!r}; it must be a number above 0.")
         if self.d_model % self.num_heads or self.num_heads % self.kv_heads:
             raise CourseError(
                 f"d_model {self.d_model} must be a multiple of num_heads {self.num_heads}, "
@@ -138,11 +141,9 @@ class GPTConfig:
         known = [field.name for field in fields(cls)]
         if unknown := set(values) - set(known):
             raise CourseError(f"Unknown model setting {min(unknown)!r}; choose from {', '.join(known)}.")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            missing = [name for name in known[:5] if name not in values]
-            raise CourseError(f"The model settings lack {', '.join(missing)}; add them.") from error
+        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]:
+            raise CourseError(f"The model settings lack {', '.join(missing)}; add them.")
+        return cls(**values)
 
 
 def _gpt2(num_layers: int, num_heads: int, d_model: int) -> GPTConfig:
@@ -174,7 +175,9 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.position_embedding = LearnedPositions(config.context_length, config.d_model)
         elif config.position == "sinusoidal":
-            table = sinusoidal(config.context_length, config.d_model)
+            # Of amplitude 1 they would drown the tokens, whose embeddings start at init_std. The paper makes
+            # those larger (§3.4); here the head may share them, so the positions get their size instead.
+            table = math.sqrt(2.0) * config.init_std * sinusoidal(config.context_length, config.d_model)
             self.register_buffer("position_table", table, persistent=False)
         elif config.position == "rope":
             self.rotary = RotaryEmbedding(config.head_dim, config.context_length, config.rope_theta)
@@ -288,7 +291,7 @@ class GPT(nn.Module):
             real = torch.arange(Tk, device=left_padding.device) >= left_padding[:, None]  # (B, Tk)
             attend["mask"] = real[:, None, None, :]
         tiled = config.attention == "tiled"
-        if T > 1 and not tiled and (config.window is not None or start or len(attend) > 3):
+        if T > 1 and not tiled and (config.window is not None or start or "mask" in attend):
             seen = attention_mask(
                 T, Tk, causal=True, window=config.window, device=self.token_embedding.weight.device
             )

@@ -1,8 +1,9 @@
 """Models on disk and in other libraries: `transformers`' GPT-2 layout where the choices are GPT-2's.
 
-A saved model is a folder with `config.json`, `model.safetensors` and, if given, `tokenizer.json`. A GPT with
-GPT-2's choices is written so that `AutoModelForCausalLM.from_pretrained` reads it; any other model of the
-course has the model type "course-gpt" or "course-transformer" and its own parameter names.
+A saved model is a folder with `config.json`, `model.safetensors` and, if given, the tokenizer as
+`tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained` reads. A GPT with GPT-2's
+choices is written so that `AutoModelForCausalLM.from_pretrained` reads it; any other model of the course has
+the model type "course-gpt" or "course-transformer" and its own parameter names.
 """
 
 import json
@@ -21,8 +22,16 @@ from shared.runtime.errors import CourseError
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
+# `transformers`' special tokens, and the names that the course's tokenizers have for them.
+SPECIAL_TOKENS = {
+    "bos_token": ("<bos>", END_OF_TEXT),
+    "eos_token": ("<eos>", END_OF_TEXT),
+    "pad_token": ("<pad>",),
+    "unk_token": ("<unk>",),
+}
 COURSE_MODELS = {"course-gpt": (GPT, GPTConfig), "course-transformer": (Transformer, TransformerConfig)}
 
 # Our names and GPT-2's. Its linear layers ("Conv1D") keep the weight transposed: (in, out).
@@ -228,6 +237,26 @@ def save_model(
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER)
+            text = json.dumps(_tokenizer_config(model, tokenizer), indent=2) + "\n"
+            (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _tokenizer_config(model: GPT | Transformer, tokenizer) -> dict[str, Any]:
+    """What `AutoTokenizer` has to know: to take `tokenizer.json` as it is.
+
+    Told nothing, it goes by the model type and cuts every text into GPT-2's words, even for characters.
+    """
+    longest = model.config.context_length if isinstance(model, GPT) else model.config.max_length
+    named = {
+        role: next((name for name in names if name in tokenizer.special_tokens), None)
+        for role, names in SPECIAL_TOKENS.items()
+    }
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+        "clean_up_tokenization_spaces": False,
+        **{role: name for role, name in named.items() if name},
+    }
 
 
 def _settings_and_state(model: GPT | Transformer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -258,7 +287,7 @@ def load_model(directory: Path | str) -> GPT | Transformer:
             model = model_class(_config(config_class, settings))
         else:
             raise CourseError(f"the model type {kind!r} is none of gpt2, {', '.join(COURSE_MODELS)}.")
-    except (CourseError, TypeError) as error:
+    except (TypeError, ValueError) as error:
         reason = error if isinstance(error, CourseError) else "a setting has the wrong type."
         raise CourseError(f"{directory / CONFIG} cannot be used: {reason}") from error
     state = _read_weights(directory / WEIGHTS)

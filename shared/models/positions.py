@@ -148,7 +148,8 @@ def alibi_bias(slopes: Tensor, num_keys: int) -> Tensor:
         num_keys: T.
 
     Returns:
-        (H, 1, T), to be passed as `bias` to `attention` together with `causal=True`.
+        (H, 1, T), in at least float32, to be passed as `bias` to `attention` together with `causal=True`.
     """
-    distance = torch.arange(1 - num_keys, 1, device=slopes.device, dtype=slopes.dtype)  # −(T−1) … 0
+    wide = torch.promote_types(slopes.dtype, torch.float32)  # bfloat16 cannot count beyond 256
+    distance = torch.arange(1 - num_keys, 1, device=slopes.device, dtype=wide)  # −(T−1) … 0
     return slopes[:, None, None] * distance

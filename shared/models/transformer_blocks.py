@@ -9,7 +9,7 @@ Legend: B batch, T time, C width of the model, F width of the hidden layer.
 | ReLU               | Vaswani et al. 2017, eq. 2                                     |
 | GELU               | Hendrycks & Gimpel 2016; GPT-2 uses their tanh approximation   |
 | SwiGLU             | Shazeer 2020, eq. 6                                            |
-| ReLU²              | So et al. 2021 (Primer), §4.1                                  |
+| ReLU²              | So et al. 2021 (Primer), "Squared ReLU"                        |
 """
 
 import torch
@@ -61,7 +61,7 @@ class _SquaredReLU(torch.autograd.Function):
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)² (So et al. 2021, §4.1), any shape."""
+    """max(x, 0)² (So et al. 2021, "Squared ReLU"), any shape."""
     return _SquaredReLU.apply(x) if torch.is_grad_enabled() else x.relu().square_()
 
 

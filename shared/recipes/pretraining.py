@@ -1,8 +1,6 @@
 """From a configuration file to a trained language model: tokenizer, token shards, training, saved model."""
 
 import dataclasses
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,13 @@ from shared.data.preprocessing import token_stream
 from shared.evaluation.metrics import nats_to_bits_per_byte
 from shared.models import model_utils
 from shared.models.gpt import GPT, GPTConfig
-from shared.runtime import artifacts, files
+from shared.recipes import runs
+from shared.runtime import artifacts
 from shared.runtime.errors import CourseError
 from shared.training.config import DataConfig, Run
 from shared.training.trainer import History, Trainer, lm_evaluator, token_batches
 
 TOKENIZER, TRAINING, VALIDATION = "tokenizer.json", "training.tokens", "validation.tokens"
-RUN, MODEL = "run.json", "model"
 EVALUATION_TOKENS = 4096  # of one evaluation batch: enough to fill two cores, few enough for 8 GB at V = 50k
 
 
@@ -70,6 +68,11 @@ def token_data(config: DataConfig) -> TokenData:
     training, validation = (
         shards.open_shards(path / name, tokenizer).tokens for name in (TRAINING, VALIDATION)
     )
+    if len(validation) < 2:
+        raise CourseError(
+            f"The part of {config.path or config.corpus} that is held out has {len(validation)} token and "
+            "nothing to predict; use a longer text, or raise data.validation."
+        )
     size = artifacts.lineage(path)["metrics"]["validation_bytes"]
     return TokenData(tokenizer, training, validation, size, path)
 
@@ -126,7 +129,8 @@ def train_language_model(
     Raises:
         CourseError: as `Trainer.fit`, and if `directory` holds a run on other data.
     """
-    _remember(run, data, directory, resume, rank)
+    settings = {"model": run.model, "training": run.training.identity()}
+    resume = runs.begin(directory, data.path.name, settings, resume=resume, rank=rank)
     torch.manual_seed(run.training.seed)
     model = GPT(run.model_config(data.tokenizer.vocab_size)).to(device)
     trainer = Trainer(
@@ -139,7 +143,7 @@ def train_language_model(
     )
     history = trainer.fit(resume=resume)
     if rank == 0:
-        model_utils.save_model(model, directory / MODEL, data.tokenizer, replace=True)
+        model_utils.save_model(model, directory / runs.MODEL, data.tokenizer, replace=True)
     return history
 
 
@@ -155,23 +159,3 @@ def _evaluator(run: Run, data: TokenData) -> Any:
         return {"loss": nats, "bits_per_byte": nats_to_bits_per_byte(nats * predicted, data.validation_bytes)}
 
     return evaluate
-
-
-def _remember(run: Run, data: TokenData, directory: Path, resume: bool, rank: int) -> None:
-    """Write down which data and settings this run has, or check that it has them still."""
-    record = {"data": data.path.name, "model": run.model, "training": run.training.identity()}
-    record = json.loads(json.dumps(record))
-    path = directory / RUN
-    for name in (RUN, MODEL) if rank == 0 else ():  # what a killed run was writing
-        files.remove_leftovers(directory / name)
-    if resume and path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CourseError(f"{path} is damaged; delete it to resume without its check.") from error
-        if before["data"] != record["data"]:
-            raise CourseError(f"{directory} was trained on other data; resume with the same data section.")
-    elif rank == 0:
-        if directory.exists() and os.listdir(directory) and not resume:
-            raise CourseError(f"{directory} is not empty; add --resume to go on, or name another folder.")
-        files.atomic_write(path, json.dumps(record, indent=2) + "\n")

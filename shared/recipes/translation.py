@@ -9,9 +9,10 @@ where the paper averages the last checkpoints.
 Legend: B pairs, S source length, U target length, both with their special tokens.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from shared.inference.generation import beam_search, greedy_decode
 from shared.models import model_utils
 from shared.models.losses import cross_entropy
 from shared.models.transformer import Transformer, TransformerConfig
+from shared.recipes import runs
 from shared.runtime import artifacts
 from shared.runtime.errors import CourseError
 from shared.training.config import TrainConfig, from_mapping, read_sections
@@ -154,7 +156,8 @@ class TranslationConfig:
         label_smoothing: ε (§5.4).
         beam_size: hypotheses a sentence (§6.1).
         length_penalty: α (§6.1).
-        extra_length: a translation has at most this many tokens more than its source (§6.1).
+        extra_length: a translation has at most this many tokens more than the longest source of the test
+            (§6.1; the paper says: than its own source).
     """
 
     corpus: str = _setting("multi30k", choices=corpora.NAMES)
@@ -177,6 +180,11 @@ class TranslationRun:
     model: dict[str, Any]
     training: TrainConfig
     path: Path
+
+    def data(self) -> dict[str, Any]:
+        """What decides the batches and the loss: the task without its decoding."""
+        decoding = ("beam_size", "length_penalty", "extra_length")
+        return {name: value for name, value in asdict(self.task).items() if name not in decoding}
 
     def model_config(self, tokenizer: tokenizers.Tokenizer) -> TransformerConfig:
         """The architecture for this vocabulary.
@@ -241,7 +249,7 @@ def translation_data(task: TranslationConfig) -> TranslationData:
     """The corpus tokenised; the vocabulary is learnt from its training part once and kept as an artefact.
 
     Raises:
-        CourseError: the corpus is not there, or no training pair is short enough.
+        CourseError: the corpus is not there, or no pair for training or validation is short enough.
     """
     splits = {
         split: corpora.sentence_pairs(
@@ -253,22 +261,33 @@ def translation_data(task: TranslationConfig) -> TranslationData:
         "corpus": task.corpus,
         "limit": task.limit,
         "vocab_size": task.vocab_size,
-        "pairs": len(splits["train"]),
+        "sha256": _digest(splits["train"]),
     }
     path = artifacts.build(
         "translation-tokenizer", key, lambda folder: _train_tokenizer(folder, splits["train"], task)
     )
     tokenizer = tokenizers.load(path / TOKENIZER)
-    training = [pair for pair in _encode(splits["train"], tokenizer) if max(map(len, pair)) <= task.longest]
-    if not training:
-        raise CourseError(f"No training pair has {task.longest} tokens or fewer; raise data.longest.")
+    training, validation = (
+        [pair for pair in _encode(splits[split], tokenizer) if max(map(len, pair)) <= task.longest]
+        for split in ("train", "validation")
+    )
+    for name, pairs in (("training", training), ("validation", validation)):
+        if not pairs:
+            raise CourseError(f"No {name} pair has {task.longest} tokens or fewer; raise data.longest.")
     return TranslationData(
         tokenizer,
         training,
-        [pair for pair in _encode(splits["validation"], tokenizer) if max(map(len, pair)) <= task.longest],
+        validation,
         [source[: task.longest] for source, _ in _encode(splits["test"], tokenizer)],
         [target for _, target in splits["test"]],
     )
+
+
+def _digest(pairs: list[tuple[str, str]]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update("\0".join(pair).encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _train_tokenizer(folder: Path, pairs: list[tuple[str, str]], task: TranslationConfig) -> None:
@@ -317,8 +336,10 @@ def train_translator(
         step, val_loss (nats per token) and test_bleu; None on all ranks but the first.
 
     Raises:
-        CourseError: as `Trainer.fit`.
+        CourseError: as `Trainer.fit`, and if `directory` holds a run on other data.
     """
+    parts = {"model": run.model, "training": run.training.identity()}
+    resume = runs.begin(directory, run.data(), parts, resume=resume, rank=rank)
     pad_id, settings = data.tokenizer.special_tokens[PAD], run.training
     torch.manual_seed(settings.seed)  # the same first weights on every process
     model = Transformer(run.model_config(data.tokenizer)).to(device)
@@ -335,7 +356,7 @@ def train_translator(
     last = trainer.fit(resume=resume)[-1]
     if rank != 0:
         return None
-    model_utils.save_model(model, directory / "model", data.tokenizer, replace=True)
+    model_utils.save_model(model, directory / runs.MODEL, data.tokenizer, replace=True)
     score = translation_bleu(model, data, run.task, settings.torch_dtype)
     return {"step": last["step"], "val_loss": last["val_loss"], "test_bleu": score}
 

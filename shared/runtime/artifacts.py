@@ -21,6 +21,12 @@ def home() -> Path:
     return Path(os.environ.get("COURSE_HOME") or files.repository_root() / "artifacts").expanduser()
 
 
+def environment() -> dict[str, str]:
+    """$COURSE_HOME and $COURSE_DATA, where set, as absolute paths: for a process that works elsewhere."""
+    names = [name for name in ("COURSE_HOME", "COURSE_DATA") if os.environ.get(name)]
+    return {name: str(Path(os.environ[name]).expanduser().absolute()) for name in names}
+
+
 def commit() -> str | None:
     """The repository's current commit, or None where there is no git history."""
     command = ["git", "-C", str(files.repository_root()), "rev-parse", "HEAD"]
@@ -100,6 +106,9 @@ def lineage(path: Path) -> dict[str, Any]:
         CourseError: the folder holds no readable `lineage.json`.
     """
     try:
-        return json.loads((Path(path) / LINEAGE).read_text(encoding="utf-8"))
+        record = json.loads((Path(path) / LINEAGE).read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or "key" not in record:
+            raise ValueError("it has no key")
+        return record
     except (OSError, ValueError) as error:
         raise CourseError(f"{path} is not an artefact of the course: no readable {LINEAGE} in it.") from error

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +77,20 @@ def explained(action: str, path: Path | str) -> Iterator[None]:
         raise CourseError(f"Cannot {action} {path}: {_reason(error, Path(path))}.") from error
 
 
+def read_text(path: Path | str) -> str:
+    """The content of a UTF-8 file.
+
+    Raises:
+        CourseError: it cannot be read, or is not UTF-8.
+    """
+    with explained("read", path):
+        data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CourseError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+
+
 def atomic_write(path: Path | str, data: str | bytes) -> None:
     """Write `data` to `path`: the old content or the new one is there, never a part.
 
@@ -126,7 +141,7 @@ def atomic_directory(path: Path | str, *, replace: bool = False) -> Iterator[Pat
     """
     path = Path(path)
     if path.exists() and not replace:
-        raise CourseError(f"{path} already exists; name another folder or remove this one first.")
+        raise _already_there(path)
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -143,7 +158,7 @@ def atomic_directory(path: Path | str, *, replace: bool = False) -> Iterator[Pat
             raise
         with explained("write", path):
             _sync_tree(temporary)
-            _swap(temporary, path)
+            _put_in_place(temporary, path, replace)
             _fsync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -172,19 +187,42 @@ def _sync_tree(directory: Path) -> None:
     _fsync_directory(directory)
 
 
-def _swap(temporary: Path, path: Path) -> None:
+def _already_there(path: Path) -> CourseError:
+    return CourseError(f"{path} already exists; name another folder or remove this one first.")
+
+
+def _put_in_place(temporary: Path, path: Path, replace: bool) -> None:
+    """Rename `temporary` to `path`; what stood there is swapped in one step where the system can do that."""
     if not path.exists():
         os.rename(temporary, path)
         return
+    if not replace:  # another process was faster
+        raise _already_there(path)
+    if path.is_dir() and not path.is_symlink() and _exchange(temporary, path):
+        return  # the old folder is at `temporary` now, and removed with it
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old.", suffix=".tmp"))
-    os.replace(path, old / "old")
     try:
+        os.replace(path, old / "old")
         os.rename(temporary, path)
-    except OSError:
-        os.replace(old / "old", path)
+    except BaseException:  # Ctrl-C between the two renames, too
+        if not path.exists() and (old / "old").exists():
+            os.replace(old / "old", path)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, so that a kill leaves one or the other; False if unable."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_working_folder, rename_exchange = -100, 2  # <fcntl.h>, <linux/fs.h>
+    return renameat2 is not None and not renameat2(
+        at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other), rename_exchange
+    )
 
 
 def inside(directory: Path | str, name: str) -> Path:

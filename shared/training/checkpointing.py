@@ -30,6 +30,7 @@ from shared.runtime.errors import CourseError
 from shared.training.optimization import Optimizer
 
 MANIFEST, STATE, MODEL, TENSORS = "manifest.json", "state.json", "model.safetensors", "state.safetensors"
+NAME = re.compile(r"step-\d{8,}")
 FORMAT = 1
 
 
@@ -128,7 +129,7 @@ def save_checkpoint(
 
 def list_checkpoints(directory: Path | str) -> list[Path]:
     """Checkpoint folders in a run's folder, oldest first."""
-    found = [p for p in Path(directory).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)]
+    found = [path for path in Path(directory).glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -145,7 +146,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         CourseError: there is none, or a file of it is missing, truncated or altered.
     """
     path = Path(path)
-    if not (path / MANIFEST).exists() and not path.name.startswith("step-"):
+    if not (path / MANIFEST).exists() and not NAME.fullmatch(path.name):
         newest = latest_checkpoint(path)
         if newest is None:
             raise CourseError(f"No checkpoint in {path}; start the run without --resume.")

@@ -63,11 +63,11 @@ class TrainConfig:
     accumulation: int = _key(1, "micro-batches an update", least=1)
     optimizer: str = _key("adamw", choices=("adamw", "muon"))
     learning_rate: float = _key(1e-3, "AdamW's peak rate", least=0.0)
-    betas: tuple[float, float] = _key((0.9, 0.95), "decay of AdamW's two moments", least=0.0, most=1.0)
+    betas: tuple[float, float] = _key((0.9, 0.95), "decay of AdamW's two moments", least=0.0, most=0.99999)
     epsilon: float = _key(1e-8, "added to AdamW's denominator", least=0.0)
     fused: bool = _key(True, "one kernel for AdamW's whole update")
     muon_learning_rate: float = _key(0.02, "Muon's peak rate, in spectral norm", least=0.0)
-    muon_momentum: float = _key(0.95, "Nesterov momentum", least=0.0, most=1.0)
+    muon_momentum: float = _key(0.95, "Nesterov momentum", least=0.0, most=0.99999)
     muon_steps: int = _key(5, "Newton–Schulz rounds", least=1, most=20)
     weight_decay: float = _key(0.1, "decoupled, matrices and embeddings only", least=0.0)
     schedule: str = _key("cosine", choices=("constant", "cosine", "wsd", "noam"))
@@ -137,6 +137,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self, "data configuration")
+        if self.path is not None and self.corpus != "text":
+            raise CourseError(
+                f"data.path is {self.path!r} and data.corpus {self.corpus!r}; only 'text' has a path."
+            )
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,19 @@ class Run:
         choices = {"context_length": self.training.context_length, **self.model, "vocab_size": vocab_size}
         preset = choices.pop("preset", None)
         try:
-            return dataclasses.replace(PRESETS[preset], **choices) if preset else GPTConfig(**choices)
-        except (TypeError, ValueError) as error:
+            if preset:
+                config = dataclasses.replace(PRESETS[preset], **choices)
+            else:
+                config = GPTConfig.from_dict(choices)
+        except CourseError as error:
             raise CourseError(f"{self.path}: model: {error}") from error
+        longest = max([self.training.context_length, *[s.context_length for s in self.training.stages]])
+        if longest > config.context_length:
+            raise CourseError(
+                f"{self.path}: training has sequences of {longest} tokens and model.context_length is "
+                f"{config.context_length}; raise it, or shorten them."
+            )
+        return config
 
 
 def load_run(path: Path | str, overrides: Sequence[str] = (), *, dtype: str = "float32") -> Run:

@@ -36,14 +36,15 @@ from shared.training.checkpointing import pack, unpack
 POLL_SECONDS = 0.02
 
 
-def setup(init_method: str = "env://", timeout: float = 600.0, gpu: bool = True) -> torch.device:
+def setup(init_method: str = "env://", timeout: float = 7200.0, gpu: bool = True) -> torch.device:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK (set by torchrun or `launch`) describe.
 
     The processes of this machine share its cores out.
 
     Args:
         init_method: where the processes meet; "env://" reads MASTER_ADDR and MASTER_PORT.
-        timeout: seconds after which a collective that not all have joined fails.
+        timeout: seconds after which a collective that not all have joined fails; rank 0 evaluates alone, and
+            the others wait for it in one.
         gpu: take a GPU each, if this machine has enough of them.
 
     Returns:

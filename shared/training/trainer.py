@@ -1,8 +1,9 @@
 """A compact training loop: accumulation, clipping, autocast, schedule, evaluation, checkpoints, resume.
 
 What one update does is in `Trainer.train_step`, which reads top to bottom. The rest is what turns a loop into
-a run: history, evaluation on a held-out set, checkpoints from which it goes on bit for bit, an orderly end on
-Ctrl-C, and the same code on several processes when torch.distributed is initialised.
+a run: history, evaluation on a held-out set, checkpoints from which it goes on bit for bit (on several
+processes without dropout: only rank 0's generators are saved), an orderly end on Ctrl-C, and the same code on
+several processes when torch.distributed is initialised.
 """
 
 import dataclasses
@@ -252,7 +253,7 @@ class Trainer:
             self.model.eval()
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.no_grad(), torch.random.fork_rng(devices):
-                result = {f"val_{name}": value for name, value in self.evaluate(self.model).items()}
+                result = {f"val_{name}": float(value) for name, value in self.evaluate(self.model).items()}
             self.model.train()
         if self.world_size > 1:
             dist.barrier()
@@ -342,7 +343,7 @@ class Trainer:
             with suppress(ImportError):  # an extra: without it the history is in history.json all the same
                 from torch.utils.tensorboard import SummaryWriter
 
-                writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step or None)
+                writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=self.step + 1)
         try:
             yield writer
         finally:

@@ -206,7 +206,7 @@ def _summary(dtype: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"dtype": dtype, **medians, **reached}
 
 
-def ablation(quick: bool = False, seeds: int = 3) -> dict[str, Any]:
+def ablation(quick: bool = False, seeds: int = 6) -> dict[str, Any]:
     """The recipe without each of its ingredients, and with what it left out, given the same time.
 
     Every variant trains for as many updates as fit in the time of the full recipe, by the cost of an update,

@@ -16,9 +16,10 @@ from shared.training.trainer import TrainConfig, Trainer, lm_loss, token_batches
 VOCAB = 512
 # The smaller the model, the more the loop around it weighs: the week's own size, and a quarter of it.
 SIZES = {"4 layers × 128": (4, 128), "2 layers × 64": (2, 64)}
+LOG_INTERVALS = (TrainConfig.log_interval, 1)  # updates between two log entries: as it comes, and the most
 
 
-def run(quick: bool = False, rounds: int = 9) -> dict[str, Any]:
+def run(quick: bool = False, rounds: int = 15) -> dict[str, Any]:
     """Seconds of the trainer over seconds of a bare loop, in turn; the median over the rounds.
 
     The trainer keeps a history, clips, checks that losses are finite, shows its progress line and writes its
@@ -29,15 +30,17 @@ def run(quick: bool = False, rounds: int = 9) -> dict[str, Any]:
         rounds: pairs of runs.
 
     Returns:
-        One row a size: milliseconds an update of both, and the overhead in percent.
+        One row a size and log interval: milliseconds an update of both, and the overhead in percent.
     """
     machine = scale.start("cpu", quiet=True)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 100_000).astype(np.uint16)
-    config = TrainConfig(
-        steps=20 if quick else 60, batch_size=12, context_length=64, dtype=machine.dtype, log_interval=1
-    )
-    rows = [_row(name, *size, config, tokens, 3 if quick else rounds) for name, size in SIZES.items()]
-    return {"threads": machine.threads, "dtype": config.dtype, "overhead": rows}
+    common = {"steps": 20 if quick else 60, "batch_size": 12, "context_length": 64, "dtype": machine.dtype}
+    rows = [
+        _row(name, *size, TrainConfig(**common, log_interval=interval), tokens, 3 if quick else rounds)
+        for interval in LOG_INTERVALS
+        for name, size in SIZES.items()
+    ]
+    return {"threads": machine.threads, "dtype": TrainConfig(**common).dtype, "overhead": rows}
 
 
 def _row(
@@ -55,6 +58,7 @@ def _row(
     ratio = statistics.median(ours / theirs for ours, theirs in zip(trained, bare, strict=True))
     return {
         "model": name,
+        "updates_a_log_entry": config.log_interval,
         "bare_ms": round(1e3 * statistics.median(bare), 3),
         "trainer_ms": round(1e3 * statistics.median(trained), 3),
         "overhead_percent": round(100 * (ratio - 1), 2),

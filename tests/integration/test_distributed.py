@@ -1,6 +1,7 @@
 """Two processes train like one, and a process that dies is named."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -106,7 +107,13 @@ def training(directory=None, resume=False, accumulation=1):
 
 def config(accumulation):
     return TrainConfig(
-        steps=5, batch_size=B, context_length=T, log_interval=1, learning_rate=0.01, accumulation=accumulation
+        steps=5,
+        batch_size=B,
+        context_length=T,
+        log_interval=1,
+        learning_rate=0.01,
+        accumulation=accumulation,
+        checkpoint_interval=3,
     )
 
 
@@ -171,7 +178,8 @@ def test_two_processes_train_to_the_weights_of_one(accumulation):
 
 def test_two_processes_save_one_run_and_resume_it(tmp_path):
     launch(training, 2, directory=str(tmp_path))
-    assert [p.name for p in tmp_path.glob("step-*")] == ["step-00000005"]
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000003", "step-00000005"]
+    shutil.rmtree(tmp_path / "step-00000005")  # as if it had been stopped after step 3
     expected, _ = one_process()
     for result in launch(training, 2, directory=str(tmp_path), resume=True):
         torch.testing.assert_close(result["weights"], expected, rtol=0, atol=1e-6)

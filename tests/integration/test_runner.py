@@ -13,7 +13,7 @@ import pytest
 from course_root import WEEK, add_claiming_notebook, add_notebook
 
 from shared.cli import main
-from shared.curriculum import notebooks, runner
+from shared.curriculum import execution, notebooks, runner, weeks
 from shared.runtime import files
 
 pytestmark = pytest.mark.slow
@@ -193,6 +193,63 @@ def test_calibration_reports_a_seed_that_breaks_the_bound(root, capsys):
     assert main(["calibrate", "week1", "--seeds", "2"]) == 1
     assert "not as stated with seed 1" in capsys.readouterr().out
     assert "seeds: 2, mean: 0.5" in (root / WEEK / "claims.yaml").read_text()
+
+
+def test_an_edit_while_the_notebook_runs_is_kept_and_the_others_still_run(root, capsys):
+    path = root / WEEK / "01_edited.ipynb"
+    edit = (
+        f"p = __import__('pathlib').Path({str(path)!r})\np.write_text(p.read_text().replace('0.75', '0.8'))"
+    )
+    add_claiming_notebook(root, "01_edited", "edited", "0.75", edit)
+    add_claiming_notebook(root, "02_good", "good", "0.75")
+    assert main(["run", "--save"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == (
+        "course: Edited while running and so not saved: week1/01_edited; run again."
+    )
+    assert "02_good" in shown.out
+    assert [entry["status"] for entry in results(root).values()] == ["passed", "passed"]
+    assert notebooks.claims_record(notebooks.read(path)) is None
+    assert notebooks.measured(notebooks.read(root / WEEK / "02_good.ipynb")) == {"good": 0.75}
+
+
+def test_a_relative_course_home_means_the_same_folder_in_a_notebook(root, monkeypatch):
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("COURSE_HOME", "artifacts")
+    same = f"float(str(artifacts.home()) == {str(root / 'artifacts')!r})"
+    add_claiming_notebook(root, "01_home", "home", same, "from shared.runtime import artifacts")
+    assert main(["run"]) == 0
+
+
+def test_the_fingerprint_covers_the_samples(root, monkeypatch):
+    add_claiming_notebook(root, "01_good", "good", "0.75")
+    samples = root / "shared" / "data" / "samples"
+    samples.mkdir(parents=True)
+    monkeypatch.setattr(runner, "__file__", str(root / "shared" / "curriculum" / "runner.py"))
+    [book] = weeks.select([], root)
+    seen = {runner.fingerprint(book, "cpu", 0, root)}
+    for text in ("one", "two"):
+        (samples / "story.txt").write_text(text)
+        seen.add(runner.fingerprint(book, "cpu", 0, root))
+    assert len(seen) == 3
+
+
+def test_a_copy_that_was_cut_off_is_no_copy(root, tmp_path):
+    path = add_notebook(root, "01_cut", "1")
+    job = execution.Job(weeks.Notebook("week1", "01_cut", path), "cpu", 0)
+    one = execution._Running(job, execution.Limits(), tmp_path, 1, notebooks.read(path))
+    (tmp_path / "executed.ipynb").write_bytes(path.read_bytes()[:50])
+    one._process = subprocess.Popen([sys.executable, "-c", ""])
+    assert one._outcome(execution.MEMORY, 1.0, None).executed is None
+
+
+def test_a_kernel_whose_runner_has_gone_before_it_looked_ends_itself(root, tmp_path):
+    path = add_notebook(root, "01_orphan", "1")
+    request = {"notebook": str(path), "cwd": str(root), "parameters": {}, "runner": os.getppid()}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-m", "shared.curriculum.kernel", str(tmp_path / "request.json")]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == 1
+    assert not (tmp_path / "result.json").exists()
 
 
 def start_run(root, *arguments):

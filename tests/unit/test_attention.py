@@ -64,16 +64,20 @@ MASKS = {
 }
 
 
+def as_one_bias(options):
+    """What PyTorch takes for one of `MASKS`: numbers to add to the scores, (2, 4, 7, 7)."""
+    hidden = ~attention_mask(7, 7, causal=options.get("causal", False), window=options.get("window"))
+    full = options.get("bias", torch.zeros(())).expand(2, 4, 7, 7).masked_fill(hidden, -torch.inf)
+    return full.masked_fill(~options["mask"], -torch.inf) if "mask" in options else full
+
+
 @pytest.mark.parametrize("implementation", THREE)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_attention_equals_pytorchs_for_every_mask_and_number_of_key_heads(kind, kv_heads, implementation):
     options = MASKS[kind]
     inputs = random_qkv(Hkv=kv_heads)
-    hidden = ~attention_mask(7, 7, causal=options.get("causal", False), window=options.get("window"))
-    full = options.get("bias", torch.zeros(())).expand(2, 4, 7, 7).masked_fill(hidden, -torch.inf)
-    if "mask" in options:
-        full = full.masked_fill(~options["mask"], -torch.inf)
+    full = as_one_bias(options)
 
     def theirs(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=full, enable_gqa=True)
@@ -224,6 +228,17 @@ def test_tiled_in_bfloat16_is_as_close_to_exact_as_pytorchs_kernel():
     assert error["tiled"] < 0.02
 
 
+@pytest.mark.parametrize("implementation", THREE)
+def test_a_large_bias_keeps_its_steps_in_bfloat16(implementation):
+    """ALiBi's short form reaches −slope · T, where bfloat16 is coarser than the step between two keys."""
+    low = [x.detach().bfloat16() for x in random_qkv(Tq=600, Tk=600)]
+    bias = alibi_bias(alibi_slopes(4), 600)
+    exact = attention(*(x.double() for x in low), causal=True, bias=bias.double(), implementation="plain")
+    out = attention(*low, causal=True, bias=bias, implementation=implementation)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).abs().max() < 0.02  # with the bias itself in bfloat16: 0.5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -270,26 +285,31 @@ class TestMultiHeadAttention:
             ours.out.load_state_dict(theirs.out_proj.state_dict())
         return ours, theirs
 
-    @pytest.mark.parametrize("masked", ["nothing", "causal", "padding"])
-    def test_it_equals_pytorchs_multihead_attention_outputs_weights_and_gradients(self, masked):
+    @pytest.mark.parametrize("kind", MASKS)
+    def test_it_equals_pytorchs_multihead_attention_outputs_weights_and_gradients(self, kind):
         ours, theirs = self.pair()
-        x = torch.randn(3, 6, 16, requires_grad=True)
-        padding = torch.arange(6) >= torch.tensor([6, 3, 5])[:, None]
-        our_mask = {"causal": {"causal": True}, "padding": {"mask": ~padding[:, None, None]}}.get(masked, {})
-        hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
-        their_mask = {"causal": {"attn_mask": hidden}, "padding": {"key_padding_mask": padding}}.get(
-            masked, {}
-        )
-        expected, expected_weights = theirs(x, x, x, average_attn_weights=False, **their_mask)
-        out, weights = ours(x, return_weights=True, **our_mask)
+        x, options = torch.randn(2, 7, 16, requires_grad=True), MASKS[kind]
+        their_mask = as_one_bias(options).reshape(8, 7, 7)
+        expected, expected_weights = theirs(x, x, x, attn_mask=their_mask, average_attn_weights=False)
+        out, weights = ours(x, return_weights=True, **options)
         torch.testing.assert_close(out, expected, **CLOSE)
         torch.testing.assert_close(weights, expected_weights, **CLOSE)
-        torch.testing.assert_close(ours(x, **our_mask), expected, **CLOSE)
+        torch.testing.assert_close(ours(x, **options), expected, **CLOSE)
         wanted = torch.autograd.grad(
             expected.square().sum(), [x, theirs.in_proj_weight, theirs.out_proj.weight]
         )
         got = torch.autograd.grad(out.square().sum(), [x, ours.qkv.weight, ours.out.weight])
         assert_same(got, wanted, {"rtol": 1e-4, "atol": 1e-5})
+
+    def test_it_equals_pytorchs_with_its_own_words_for_causal_and_padding(self):
+        ours, theirs = self.pair()
+        x, padding = torch.randn(3, 6, 16), torch.arange(6) >= torch.tensor([6, 3, 5])[:, None]
+        later = torch.ones(6, 6, dtype=torch.bool).triu(1)
+        for words, options in (
+            ({"attn_mask": later, "is_causal": True}, {"causal": True}),
+            ({"key_padding_mask": padding}, {"mask": ~padding[:, None, None]}),
+        ):
+            torch.testing.assert_close(ours(x, **options), theirs(x, x, x, **words)[0], **CLOSE)
 
     def test_cross_attention_equals_pytorchs(self):
         ours, theirs = self.pair()
@@ -314,12 +334,8 @@ class TestMultiHeadAttention:
         layer = MultiHeadAttention(16, 4, 2, bias=False, qk_norm=True, qk_norm_affine=affine)
         x = torch.randn(2, 5, 16)
         torch.testing.assert_close(layer(3 * x), 3 * layer(x), rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(
-            *(
-                f(2.0) / f(1.0)
-                for f in (lambda s: MultiHeadAttention(16, 4)(s * x), lambda s: torch.tensor(s))
-            )
-        )
+        without = MultiHeadAttention(16, 4, 2, bias=False)
+        assert not torch.allclose(without(3 * x), 3 * without(x), rtol=1e-2, atol=1e-2)
         cross = layer(x, keys_values=layer.keys_values(x))
         torch.testing.assert_close(cross, layer(x), **CLOSE)
 

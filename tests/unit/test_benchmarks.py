@@ -1,8 +1,6 @@
 import json
-import sys
 
 import pytest
-import torch
 
 from shared.evaluation import benchmarks
 from shared.evaluation.benchmarks import PairedTiming
@@ -36,40 +34,3 @@ def test_each_run_is_timed_on_its_own(monkeypatch):
 def test_no_pairs_are_refused():
     with pytest.raises(ValueError, match="pairs is 0"):
         benchmarks.paired_ratio(lambda: None, lambda: None, pairs=0)
-
-
-def test_peak_tensor_bytes_counts_what_is_held_at_once():
-    def together():
-        a, b = torch.empty(1_000_000), torch.empty(500_000)
-        return a.numel() + b.numel()
-
-    def one_after_the_other():
-        for _ in range(5):
-            torch.empty(1_000_000)
-
-    # Allocations are rounded up to 64 bytes.
-    assert benchmarks.peak_tensor_bytes(together) == pytest.approx(6_000_000, abs=1000)
-    assert benchmarks.peak_tensor_bytes(one_after_the_other) == pytest.approx(4_000_000, abs=1000)
-
-
-def test_peak_tensor_bytes_sees_temporaries_inside_an_expression_and_leaves_out_what_was_there():
-    x = torch.ones(1_000_000)
-    peak = benchmarks.peak_tensor_bytes(lambda: ((x * 2) + (x * 3)).sum())
-    assert peak == pytest.approx(12_000_000, abs=5000)
-
-
-def test_a_process_is_measured_by_what_it_holds_itself():
-    ballast = bytearray(300_000_000)  # the parent's memory must not count
-    small = benchmarks.measure_process([sys.executable, "-c", "pass"])
-    large = benchmarks.measure_process([sys.executable, "-c", "b = b'x' * 200_000_000"])
-    assert small.peak_rss < 60_000_000
-    assert 200_000_000 < large.peak_rss < 260_000_000
-    assert small.seconds > 0
-    assert len(ballast)
-
-
-def test_a_process_that_fails_is_reported_with_its_output():
-    with pytest.raises(RuntimeError, match="ended with 3.*broken pipe dream"):
-        benchmarks.measure_process(
-            [sys.executable, "-c", "import sys; print('broken pipe dream'); sys.exit(3)"]
-        )

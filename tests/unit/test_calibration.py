@@ -46,6 +46,13 @@ def calibrate(folder, **measured):
     return found
 
 
+@pytest.mark.parametrize(
+    ("scale", "cores", "start"), [("cpu", 1, "1 core, "), ("cpu", 2, "2 cores, "), ("gpu", 16, "gpu scale, ")]
+)
+def test_a_spread_names_where_it_was_measured(scale, cores, start):
+    assert calibration.machine(scale, cores).startswith(f"{start}torch 2")
+
+
 def test_a_spread_is_added_after_the_claims_last_key(folder):
     calibrate(folder, first=[0.6, 0.7, 0.8])
     line = '  calibrated: {seeds: 3, mean: 0.7, sd: 0.1, min: 0.6, max: 0.8, on: "2 cores, torch 2.13.0"}\n'
@@ -81,6 +88,15 @@ def test_a_claim_that_a_seed_did_not_measure_keeps_its_old_spread(folder):
 
 def test_seeds_that_break_the_bound_are_named(folder):
     assert calibrate(folder, first=[0.6, 0.4, 0.7, 0.1])[0].disagreeing == [1, 3]
+
+
+def test_a_file_whose_other_lines_would_change_is_never_touched(folder, monkeypatch):
+    text = FILE.replace("  says: One.\n", "  says: |\n    - name: second\n    means nothing.\n")
+    (folder / claims.FILE).write_text(text)
+    monkeypatch.setattr(calibration.files, "atomic_write", None)  # not even to put it right afterwards
+    with pytest.raises(CourseError, match="cannot be edited safely"):
+        calibrate(folder, second=[1.0, 1.25])
+    assert (folder / claims.FILE).read_text() == text
 
 
 def test_a_layout_that_cannot_be_edited_safely_is_refused_and_kept(folder):

@@ -156,6 +156,11 @@ def test_a_checkpoint_edited_by_hand_with_a_right_manifest_makes_no_sense(saved)
         load_checkpoint(path)
 
 
+def test_a_run_may_have_any_name(tmp_path):
+    save_checkpoint(tmp_path / "step-by-step", 4, *trained(), CONFIG)
+    assert load_checkpoint(tmp_path / "step-by-step").step == 4
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (9, 10, 100):
         save_checkpoint(tmp_path, step, *trained(), CONFIG, keep=2)

@@ -110,6 +110,10 @@ MALFORMED = {
     "holds without why": (changed("  why: One minute is not enough.\n", ""), "go together"),
     "why without holds": (changed("  holds: false\n", ""), "go together"),
     "holds of another type": (changed("holds: false", "holds: perhaps"), "key 'holds' must be true or false"),
+    "a date that is none": (changed("source: ours", "source: 2024-13-45"), "not valid YAML: month must be"),
+    "a control character": (changed("source: ours", "source: \0"), "not valid YAML: unacceptable character"),
+    "nested without end": ("- " + "[" * 5000, "not valid YAML: maximum recursion"),
+    "null spelt otherwise": (changed("  null: 8.0", "  ~: 8.0"), "unknown key '~'"),
     "calibrated by hand": (changed("null: 8.0", "null: 8.0\n  calibrated: {mean: 1.0}"), "key 'calibrated."),
 }
 
@@ -160,6 +164,17 @@ def test_the_verdict_depends_on_measurement_bound_and_what_is_stated(root):
     assert all(verdict.as_stated for verdict in agreed)
     assert not any(verdict.as_stated for verdict in disagreed)
     assert not exception.judge(0.1, "cpu").holds
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_measurement_that_is_not_finite_agrees_with_nothing(root, value):
+    for claim in claims.load(root / WEEK):
+        for scale_name in claims.SCALES:
+            verdict = claim.judge(value, scale_name)
+            assert not verdict.as_stated
+            assert not verdict.holds
+            written = claim.judge(verdict.as_json()["measured"], scale_name)  # what the runner reads back
+            assert (written.holds, written.as_stated) == (verdict.holds, verdict.as_stated)
 
 
 def test_measuring_a_tensor_of_one_element_is_measuring_its_number(root):

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from course_root import WEEK, add_claiming_notebook
 
-from shared.cli import LATER, display, main
+from shared.cli import LATER, display, main, streams
 from shared.curriculum import exercises, runner, status
 from shared.runtime import files
 from shared.runtime.errors import CourseError
@@ -68,13 +70,15 @@ def test_python_m_shared_is_course():
     assert len(json.loads(done.stdout)) == 18
 
 
-COMMANDS = ["list", "run", "check", "debug", "status", "calibrate", "devlog"]
+COMMANDS = ["list", "run", "check", "debug", "status", "calibrate", "devlog", *LATER]
+IN_GROUPS = [["tokenizer", name] for name in ("train", "inspect", "encode", "decode")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example(command, capsys):
-    assert main([command, "--help"]) == 0
-    assert f"Example: course {command}" in capsys.readouterr().out
+@pytest.mark.parametrize("command", [[name] for name in COMMANDS if name != "tokenizer"] + IN_GROUPS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_command_has_help_with_an_example(command, option, capsys):
+    assert main([*command, option]) == 0
+    assert f"Example: course {' '.join(command)}" in capsys.readouterr().out
 
 
 def test_the_help_lists_every_command(capsys):
@@ -82,15 +86,6 @@ def test_the_help_lists_every_command(capsys):
     shown = capsys.readouterr().out
     for command in COMMANDS:
         assert f"│ {command} " in shown
-
-
-def test_every_later_group_that_is_there_loads_and_has_help(capsys):
-    import importlib.util
-
-    there = [name for name in LATER if importlib.util.find_spec(f"shared.cli.{name}")]
-    for name in there:
-        assert main([name, "--help"]) == 0, name
-        assert f"course {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -108,7 +103,7 @@ def test_every_later_group_that_is_there_loads_and_has_help(capsys):
         (["check"], "WEEK"),
         (["check", "week1", "nope"], "There is no exercise 'nope'"),
         (["check", "week2"], "week2 has no exercises yet"),
-        (["debug", "week2"], "There is no week2-gpt/faults.py"),
+        (["debug", "week2"], "week2 is planned and not written yet"),
         (["debug", "week1", "--fault", "9"], "week1 has 2 cases; choose --fault 1 to 2"),
         (["debug", "week1", "--answer", "too_slow"], "Say which case"),
         (["debug", "week1", "--fault", "1", "--answer", "nope"], "There is no fault 'nope'"),
@@ -154,6 +149,67 @@ def test_ctrl_c_is_status_130(root, monkeypatch, capsys):
     monkeypatch.setattr(status, "collect", interrupted)
     assert main(["status"]) == 130
     assert capsys.readouterr().err.strip() == "Interrupted."
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_results_that_cannot_be_printed_are_one_sentence():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "shared", "list", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "course: No space left on device; --debug shows where it happened.\n"
+
+
+def test_a_reader_that_closes_the_pipe_is_no_error_message():
+    command = [sys.executable, "-m", "shared", "list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+def test_numbers_that_are_not_finite_are_null_for_programs(capsys):
+    streams.print_json({"loss": [float("nan"), (1.5, float("inf"))], "kind": "größer"})
+    assert json.loads(capsys.readouterr().out) == {"loss": [None, [1.5, None]], "kind": "größer"}
+
+
+def test_a_run_that_cannot_go_on_shows_what_has_ended(root, monkeypatch, capsys):
+    def one_and_a_full_disk(planned, **_):
+        yield runner.Entry("01_good", "week1", "cpu", 0, "passed", 1.0, 100.0)
+        raise CourseError("the disk is full")
+
+    monkeypatch.setattr(runner, "run", one_and_a_full_disk)
+    assert main(["run"]) == 2
+    shown = capsys.readouterr()
+    assert "01_good" in shown.out
+    assert shown.err.strip() == "course: the disk is full"
+
+
+def test_two_checks_that_end_at_once_are_both_remembered(root):
+    def solved(name):
+        card = exercises.Exercise(name, 5, 1, "x", "y")
+        return exercises.Verdict(card, exercises.PASSED, "", 1, 1)
+
+    names = [f"e{number}" for number in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda name: status.record_exercises("week1", [solved(name)]), names))
+    assert sorted(status._solved()["week1"]) == sorted(names)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"week1": 3}'])
+def test_verdicts_that_are_none_are_reported(root, content, capsys):
+    path = status._exercises_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert main(["status"]) == 2
+    assert "exercises.json is not readable; remove it" in capsys.readouterr().err
+
+
+def test_brackets_in_a_fault_are_shown(root, capsys):
+    path = root / WEEK / "faults.py"
+    path.write_text(FAULTS.replace("::test_y", "::test_y[plain]"))
+    assert main(["debug", "week1", "--fault", "2", "--answer", "wrong_sign"]) == 0
+    assert "::test_y[plain]" in capsys.readouterr().out
 
 
 def test_the_clinic_confirms_the_right_answer_and_names_the_check(root, capsys):
@@ -204,6 +260,11 @@ def test_status_counts_what_is_built(root, capsys):
     artifacts.build(
         "models/tiny", {"a": 1}, lambda folder: (folder / "x.bin").write_bytes(bytes(2_000_000)) and None
     )
+    unfinished = artifacts.home() / "models" / "tiny" / ".abc.xyz.tmp"
+    unfinished.mkdir()
+    (unfinished / "lineage.json").write_text("{}")
+    assert main(["status", "--json"]) == 0
+    assert [kind["count"] for kind in json.loads(capsys.readouterr().out)["artefacts"]] == [1]
     assert main(["status"]) == 0
     shown = capsys.readouterr().out
     assert "models/tiny" in shown

@@ -76,11 +76,15 @@ WRONG = [
     ("training.learning_rate=.nan", r"training.learning_rate is nan; it must be at least 0"),
     ("training.learning_rate=fast", r"training.learning_rate is 'fast'; it must be a number"),
     ("training.betas=[0.9]", r"training.betas is \(0.9,\); it must be 2 values, each a number"),
-    ("training.betas=[0.9, 1.5]", r"training.betas is \(0.9, 1.5\); it must be from 0.0 to 1.0"),
+    ("training.betas=[0.9, 1.0]", r"training.betas is \(0.9, 1.0\); it must be from 0.0 to 0.99999"),
     ("training.fused=maybe", r"training.fused is 'maybe'; it must be true or false"),
     ("training.optimizer=sgd", r"training.optimizer is 'sgd'; choose one of adamw, muon"),
     ("training.dtype=float16", r"training.dtype is 'float16'; choose one of float32, bfloat16"),
     ("training.stages=3", r"training.stages is 3; it must be a list of Stage"),
+    (
+        "data.path=story.txt",
+        r"data.path is 'story.txt' and data.corpus 'shakespeare'; only 'text' has a path",
+    ),
     ("data.validation=0.9", r"data.validation is 0.9; it must be from 0.001 to 0.5"),
     ("model.num_layers=two", r"model.num_layers is 'two'; it must be a whole number"),
     ("model.vocab_size=7", r"model.vocab_size is decided by the tokenizer"),
@@ -124,6 +128,27 @@ def test_a_missing_or_unreadable_file_is_refused(tmp_path):
 def test_choices_that_do_not_fit_together_name_the_file(write):
     run = load_run(write(GOOD), ["model.num_heads=3"])
     with pytest.raises(CourseError, match=r"run.yaml: model: d_model 16 must be a multiple of num_heads 3"):
+        run.model_config(65)
+
+
+def test_sizes_that_the_model_must_have_are_named(write):
+    run = load_run(write("model: {num_heads: 2}\ntraining: {steps: 1}"))
+    with pytest.raises(CourseError, match=r"run.yaml: model: The model settings lack num_layers, d_model"):
+        run.model_config(65)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.context_length=64",
+        "training.stages=[{start: 0, batch_size: 1, context_length: 129}]",
+    ],
+)
+def test_sequences_longer_than_the_models_context_are_refused_before_training(write, setting):
+    run = load_run(write(GOOD), [setting])
+    with pytest.raises(
+        CourseError, match=r"training has sequences of \d+ tokens and model.context_length is"
+    ):
         run.model_config(65)
 
 

@@ -55,6 +55,13 @@ def test_a_placeholder_becomes_what_the_notebook_measured(root, placeholder, sho
     assert render(root, f"It is {placeholder}.\n") == f"It is {shown}.\n"
 
 
+def test_a_template_that_is_not_utf8_is_named(root):
+    template = root / devlogs.FOLDER / "week-01.template.md"
+    template.write_bytes(b"caf\xe9")
+    with pytest.raises(CourseError, match=r"week-01.template.md is not UTF-8 \(byte 3\)"):
+        devlogs.render(template, root)
+
+
 def test_a_table_of_a_weeks_claims_is_markdown(root):
     lines = render(root, "{{claims:week1}}\n").splitlines()
     assert lines[0] == "| Claim | Source | Measured | Unit | Bound | Verdict |"

@@ -121,6 +121,31 @@ def test_an_endless_loop_is_stopped_and_the_others_are_still_checked(root, monke
     assert found["add_three"].status == exercises.PASSED
 
 
+@pytest.mark.parametrize("end", ["abort()", "_exit(0)"])
+def test_an_answer_that_ends_python_is_named_and_no_other_is_said_to_lack_tests(root, end):
+    answer(root, "    raise NotImplementedError", f"    import os; os.{end}")
+    found = verdicts(root)
+    assert found["add"].status == exercises.FAILING
+    assert "It ended Python itself" in found["add"].message
+    assert found["add_three"].status == exercises.FAILING
+    assert "Not tested" in found["add_three"].message
+
+
+def test_tests_that_never_end_together_are_stopped(root, monkeypatch):
+    monkeypatch.setattr(exercises, "TOTAL_SECONDS", 3)
+    answer(root, "    raise NotImplementedError", "    while True: pass")
+    found = verdicts(root)
+    assert [found[name].status for name in ("add", "add_three")] == [exercises.TOO_SLOW] * 2
+    assert found["add"].message == "It did not come to an end."
+
+
+def test_a_skipped_test_is_not_passed(root):
+    answer(root, "    raise NotImplementedError", "    import pytest; pytest.skip('later')")
+    verdict = verdicts(root, "add")["add"]
+    assert (verdict.status, verdict.passed) == (exercises.FAILING, 0)
+    assert "Skipped: later" in verdict.message
+
+
 def test_a_wrong_answer_is_tested_in_the_place_of_its_solution(root):
     _, results = exercises.run_tests("week1", ["wrong"], root=root)
     errors = {(result.exercise, result.answers): [] for result in results}

@@ -70,6 +70,18 @@ def test_a_module_that_is_imported_inside_the_block_gets_the_old_one_back(module
     assert late.double is old
 
 
+def test_what_takes_the_place_stays_where_it_was_before(modules):
+    owner, importer = modules
+    owner.triple = importer.triple = triple = lambda x: 3 * x
+    importer.nothing = None
+    with replaced(owner, "double", owner.triple):
+        assert importer.double(2) == 6
+    assert (owner.triple, importer.triple) == (triple, triple)
+    with replaced(owner, "double", None):
+        assert importer.double is None
+    assert importer.nothing is None
+
+
 def test_methods_static_methods_and_inherited_ones_come_back_as_they_were():
     class Parent:
         def plain(self):

@@ -74,10 +74,12 @@ def test_a_character_split_over_tokens_is_printed_once_it_is_complete():
 def test_the_prompt_can_come_from_standard_input(capsys, folder, monkeypatch):
     import io
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("gh"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gh")))
     _, out, _ = run(capsys, folder, "--max-new-tokens", "3", prompt="-")
     assert out.startswith("gh")
     assert len(out) == 6
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gh\xff")))
+    assert "not UTF-8 at byte 2" in refused(capsys, folder, prompt="-")
 
 
 def refused(capsys, folder, *more, prompt="abc"):

@@ -137,7 +137,16 @@ def test_a_prompt_that_cannot_be_continued_is_one_sentence(model, prompts, messa
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1), ("top_k", 0), ("top_p", 0), ("top_p", 1.5), ("min_p", -0.1), ("min_p", 2)],
+    [
+        ("temperature", -1),
+        ("temperature", 1e-30),
+        ("temperature", math.inf),
+        ("top_k", 0),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("min_p", 2),
+    ],
 )
 def test_a_setting_out_of_range_is_named(model, name, value):
     with pytest.raises(CourseError, match=f"{name} is {value}"):

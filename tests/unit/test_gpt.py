@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.data import corpora
+from shared.data.datasets import TokenLoader
+from shared.data.tokenizers import CharTokenizer
 from shared.inference.kv_cache import KVCache
 from shared.models.gpt import GPT, PRESETS, GPTConfig
 from shared.models.model_utils import gpt_to_hf
@@ -199,6 +202,28 @@ def test_initial_weights_have_gpt2s_spread():
         assert (projection.bias == 0).all()
 
 
+def test_sinusoidal_positions_start_as_large_as_learned_ones_and_leave_the_tokens_audible():
+    text = corpora.load("stories").text()
+    tokenizer = CharTokenizer.from_text(text)
+    loader = TokenLoader(tokenizer.encode(text), 16, 32, seed=0)
+
+    def trained(scale: float) -> float:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(tokenizer.vocab_size, 32, 1, 2, 96, position="sinusoidal"))
+        assert model.position_table.square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-3)
+        model.position_table.mul_(scale)
+        optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+        for step in range(100):
+            loss = model(*loader.batch(step))[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    assert trained(1.0) < 2.75  # learned positions: 2.52
+    assert trained(1 / (0.02 * math.sqrt(2))) > 2.9  # the paper's table as it is
+
+
 def test_with_zero_initialisation_a_new_model_knows_nothing_and_still_learns():
     torch.manual_seed(0)
     model = GPT(GPTConfig(23, 16, 2, 4, 16, zero_init=True, tie_embeddings=False, bigram_embedding=True))
@@ -285,6 +310,9 @@ def test_a_text_longer_than_the_context_is_refused_with_and_without_a_cache():
         ({"num_layers": 2.0}, "num_layers is 2.0; it must be a whole number"),
         ({"window": 0}, "window is 0"),
         ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be a number above 0"),
+        ({"init_std": -0.02}, "init_std is -0.02"),
+        ({"rope_theta": math.nan}, "rope_theta is nan"),
         ({"attention": "tiled", "dropout": 0.1}, "attention 'tiled' has no dropout"),
         ({"width": 3}, "Unknown model setting 'width'; choose from vocab_size"),
     ],

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.data.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer
 from shared.models.gpt import GPT, GPTConfig
 from shared.models.model_utils import (
     count_parameters,
@@ -93,6 +94,30 @@ def test_transformers_reads_what_is_saved(name, tmp_path):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.eos_token_id == 22
     torch.testing.assert_close(theirs(IDS).logits, model(IDS)[0], **CLOSE)
+
+
+TEXT = "Don't panic , said 42 people.\n\n  Twice! " * 20
+TOKENIZERS = {
+    "bpe": lambda: BPETokenizer.train([TEXT], 290),
+    "characters": lambda: CharTokenizer.from_text(TEXT),
+    "characters with names": lambda: CharTokenizer.from_text(TEXT, ("<pad>", "<bos>", "<eos>", "<unk>")),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_transformers_reads_the_tokenizer_that_is_saved_with_a_model(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = TOKENIZERS[name]()
+    save_model(gpt(vocab_size=tokenizer.vocab_size), tmp_path / "model", tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.model_max_length == 16
+    ids = tokenizer.encode(TEXT)
+    assert theirs(TEXT)["input_ids"] == ids
+    assert theirs.decode(ids) == TEXT
+    roles = {"bpe": (END_OF_TEXT, END_OF_TEXT, None), "characters with names": ("<bos>", "<eos>", "<pad>")}
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == roles.get(name, (None, None, None))
 
 
 def test_what_transformers_saves_is_read(tmp_path):
@@ -190,6 +215,8 @@ def edited(folder, changes, tmp_path):
         ({"n_layer": 1}, "hold transformer.h.1.*no place for"),
         ({"n_head": 5}, "config.json cannot be used: d_model 16 must be a multiple of num_heads 5"),
         ({"n_head": "4"}, "config.json cannot be used: num_heads is '4'"),
+        ({"resid_pdrop": "a tenth"}, "config.json cannot be used: a setting has the wrong type"),
+        ({"layer_norm_epsilon": -1.0}, "config.json cannot be used: norm_eps is -1.0"),
         ({"model_type": "bert"}, "model type 'bert' is none of gpt2, course-gpt"),
         ({"model_type": ["gpt2"]}, r"model type \['gpt2'\] is none of"),
         ({"activation_function": "swish"}, "activation 'swish'"),

@@ -139,7 +139,17 @@ def test_web_addresses_and_relative_paths_are_no_paths_of_the_machine(saved):
     assert notebooks.problems(saved) == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"nbformat": 3, "cells": []}', '{"nbformat": 4}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"nbformat": 3, "metadata": {}, "cells": []}',
+        '{"nbformat": 4}',
+        '{"nbformat": 4, "metadata": {}, "cells": [{"cell_type": "code"}]}',
+    ],
+)
 def test_a_file_that_is_no_notebook_is_refused(tmp_path, content):
     path = tmp_path / "week1" / "01_x.ipynb"
     path.parent.mkdir()

@@ -140,3 +140,8 @@ def test_the_short_alibi_bias_acts_like_the_papers_full_one():
     assert not torch.allclose(
         attention(q, k, v, causal=True), attention(q, k, v, causal=True, bias=full), atol=1e-2
     )
+
+
+def test_the_alibi_bias_of_a_model_in_bfloat16_still_tells_every_distance_apart():
+    bias = alibi_bias(alibi_slopes(4).bfloat16(), 600)
+    torch.testing.assert_close(bias, alibi_bias(alibi_slopes(4), 600))

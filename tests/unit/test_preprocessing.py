@@ -6,6 +6,7 @@ import pytest
 from shared.data import preprocessing
 from shared.data.preprocessing import hash_fraction, normalize, split_groups, token_stream, tokenize
 from shared.data.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer
+from shared.runtime.errors import CourseError
 
 
 def test_what_looks_the_same_becomes_the_same():
@@ -35,7 +36,7 @@ def test_held_out_groups_fill_their_share_and_none_is_large():
 
 
 def test_groups_that_are_all_too_large_are_refused():
-    with pytest.raises(ValueError, match="split by position"):
+    with pytest.raises(CourseError, match="split by position"):
         split_groups({"a": 5, "b": 5}, 0.1)
 
 

@@ -132,6 +132,56 @@ def test_atomic_directory_appears_complete_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_an_interrupt_while_a_folder_is_replaced_keeps_the_old_one(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    with files.atomic_directory(target) as folder:
+        (folder / "old").write_text("x")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.atomic_directory(target, replace=True) as folder:
+        (folder / "new").write_text("y")
+    assert os.listdir(target) == ["old"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_is_replaced_in_one_step_where_the_system_can(tmp_path, monkeypatch):
+    target, other = tmp_path / "model", tmp_path / "other"
+    target.mkdir()
+    other.mkdir()
+    if not files._exchange(target, other):
+        pytest.skip("two folders cannot change places on this file system")
+
+    def two_steps(*_):
+        raise AssertionError("a kill between two renames would lose the folder")
+
+    monkeypatch.setattr(files.os, "rename", two_steps)
+    monkeypatch.setattr(files.os, "replace", two_steps)
+    with files.atomic_directory(target, replace=True) as folder:
+        (folder / "new").write_text("y")
+    assert os.listdir(target) == ["new"]
+    assert sorted(os.listdir(tmp_path)) == ["model", "other"]
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(CourseError, match="already exists"), files.atomic_directory(target) as folder:
+        (folder / "mine").write_text("x")
+        target.mkdir()
+        (target / "theirs").write_text("y")
+    assert os.listdir(target) == ["theirs"]
+
+
+def test_a_process_in_another_folder_is_given_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_HOME", "mine")
+    monkeypatch.delenv("COURSE_DATA", raising=False)
+    assert artifacts.environment() == {"COURSE_HOME": str(tmp_path / "mine")}
+
+
 def test_a_path_that_leads_out_of_its_folder_is_refused(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "link").symlink_to(tmp_path)
@@ -220,6 +270,9 @@ def test_a_build_that_was_killed_is_cleared_away_by_the_next(course_home):
     assert not any(name.endswith(".tmp") for name in os.listdir(course_home / "demo"))
 
 
-def test_a_folder_without_lineage_is_named(tmp_path):
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_a_folder_without_lineage_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "lineage.json").write_text(content)
     with pytest.raises(CourseError, match=r"not an artefact.*lineage\.json"):
         artifacts.lineage(tmp_path)

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -151,6 +152,19 @@ def test_history_holds_the_evaluations_and_the_model_trains_on_in_training_mode(
     assert history[-1]["tokens"] == 6 * B * T
 
 
+def test_an_evaluation_may_return_tensors(tmp_path):
+    trainer = Trainer(
+        tiny(),
+        config(steps=1),
+        batches,
+        evaluate=lambda m: {"loss": torch.tensor(1.5)},
+        directory=tmp_path,
+        progress=False,
+    )
+    assert trainer.fit()[-1]["val_loss"] == 1.5
+    assert json.loads((tmp_path / "history.json").read_text())[-1]["val_loss"] == 1.5
+
+
 def test_stages_change_the_sizes_where_they_say():
     stages = (Stage(start=0, batch_size=2, context_length=3), Stage(start=4, batch_size=5, context_length=6))
     settings = config(stages=stages)
@@ -245,6 +259,18 @@ def test_history_and_tensorboard_log_are_written(tmp_path):
     log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     logged = [(event.step, event.value) for event in log.Scalars("loss")]
     assert logged == [(h["step"], pytest.approx(h["loss"], abs=1e-6)) for h in history]
+
+
+def test_a_resumed_run_has_each_step_once_in_its_tensorboard_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = config(checkpoint_interval=3, keep=9)
+    Trainer(tiny(), settings, batches, directory=tmp_path, progress=False).fit()
+    shutil.rmtree(tmp_path / "step-00000006")  # as if it had been killed between steps 5 and 6
+    Trainer(tiny(), settings, batches, directory=tmp_path, progress=False).fit(resume=True)
+    log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in log.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_autocast_runs_the_model_in_the_dtype_asked_for():

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from shared.data.datasets import pad
 from shared.data.sources.translation import sentence_pairs
 from shared.models.transformer import Transformer, TransformerConfig
-from shared.recipes.translation import load_translation_run, nats_per_token, sequence_loss, translate
+from shared.recipes.translation import (
+    load_translation_run,
+    nats_per_token,
+    sequence_loss,
+    translate,
+    translation_data,
+)
 from shared.runtime.errors import CourseError
 from shared.runtime.files import repository_root
 
@@ -136,6 +142,29 @@ def test_every_configuration_of_the_course_is_valid(path):
 def test_a_wrong_setting_is_refused_with_what_is_allowed(setting, message):
     with pytest.raises(CourseError, match=message):
         load_translation_run(CONFIGS[0], [setting])
+
+
+def test_other_sentences_get_a_vocabulary_of_their_own(corpus):
+    task = load_translation_run(CONFIGS[0], ["data.vocab_size=300"]).task
+    first = translation_data(task)
+    lines = [json.dumps({"en": text, "de": "zwölf Boxkämpfer"}) + "\n" for text in ("one", "two")]
+    (corpus / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert translation_data(task).tokenizer.fingerprint() != first.tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_part_without_a_pair_that_is_short_enough_is_named(corpus, split):
+    long = json.dumps({"en": "word " * 30, "de": "Wort " * 30}) + "\n"
+    (corpus / ("train.jsonl" if split == "training" else "val.jsonl")).write_text(long, encoding="utf-8")
+    task = load_translation_run(CONFIGS[0], ["data.vocab_size=260", "data.longest=40"]).task
+    with pytest.raises(CourseError, match=f"No {split} pair has 40 tokens or fewer"):
+        translation_data(task)
+
+
+def test_what_decides_the_training_is_told_from_how_it_decodes():
+    run = load_translation_run(CONFIGS[0])
+    assert load_translation_run(CONFIGS[0], ["translation.beam_size=9"]).data() == run.data()
+    assert load_translation_run(CONFIGS[0], ["translation.label_smoothing=0.2"]).data() != run.data()
 
 
 def test_too_few_positions_are_refused():
