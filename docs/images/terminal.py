@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-WIDTH = 100  # columns
+WIDTH = 84  # columns
+SHOW_CURSOR = "\x1b[?25h"
 
 
 def output_of(command: list[str]) -> str:
@@ -26,7 +27,9 @@ def output_of(command: list[str]) -> str:
         return chunk
 
     pty.spawn(command, read)
-    return written.decode().replace("\r\n", "\n")
+    text = written.decode().replace("\r\n", "\n")
+    last = text.rsplit(SHOW_CURSOR, 1)[-1]  # a progress display hides the cursor until it is wiped away
+    return re.sub(r"\x1b\[\d*[AK]|\r", "", last)
 
 
 def picture(text: str, title: str) -> str:

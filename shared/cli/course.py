@@ -202,7 +202,8 @@ def _summary(entries: Sequence["Entry"]) -> str:
     if failed:
         return f"{failed} of {len(entries)} notebooks did not pass."
     some = "Every notebook" if len(entries) > 1 else "The notebook"
-    return f"{some} ran, and every claim came out as stated."
+    held = all(claim["holds"] is not False for entry in entries for claim in entry.claims)
+    return f"{some} ran, and every claim {'holds' if held else 'came out as stated'}."
 
 
 def _relative(path: Path) -> str:
