@@ -42,7 +42,7 @@ test-fast: setup lint  ## unit tests only, under three minutes
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/unit
 
 lab: setup  ## JupyterLab, open at week 1
-	@$(BIN)/jupyter lab --ip=127.0.0.1 --LabApp.default_url=/lab/tree/phase1-fundamentals/week1-attention/01_attention_mechanisms.ipynb
+	@$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/phase1-fundamentals/week1-attention/01_attention_mechanisms.ipynb
 
 lint: setup  ## ruff and the rule that a module imports only from below
 	@$(BIN)/ruff check --quiet .
