@@ -20,7 +20,10 @@ from shared.runtime.errors import CourseError
 LATER = {
     "tokenizer": "Train a tokenizer, encode, decode and compare.",
     "train": "Train a model from a configuration file.",
+    "evaluate": "What a trained model pays for a text: nats per token, perplexity, bits per byte.",
     "generate": "Continue a text with a trained model.",
+    "chat": "Talk to a model in the terminal.",
+    "checkpoints": "List, verify and prune the checkpoints of a run.",
     "bench": "Measure speed and memory, always as a ratio within one run.",
 }
 

@@ -23,6 +23,7 @@ app = typer.Typer(
 BENCHMARKS = {
     "time-to-loss": ("bench_time_to_loss", "run", "Time to loss"),
     "ablation": ("bench_time_to_loss", "ablation", "What each ingredient of the recipe earns"),
+    "train": ("bench_train", "run", "Training speed"),
     "trainer-overhead": ("bench_trainer_overhead", "run", "Trainer overhead"),
     "generation": ("bench_generation", "run", "Generation"),
     "tokenizer": ("bench_tokenizer", "run", "Tokenizer training"),

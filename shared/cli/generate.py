@@ -61,7 +61,7 @@ def generate(
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     machine = scale.start("auto", seed, quiet=True)
     text = streams.text_argument(prompt)
-    gpt, tokenizer = _load(model)
+    gpt, tokenizer = load_gpt(model)
     ids = tokenizer.encode(text)
     started = time.perf_counter()
     tokens = generation.stream(
@@ -76,7 +76,7 @@ def generate(
         seed=seed,
     )
     new: list[int] = []
-    pieces = _pieces(tokenizer, tokens, new)
+    pieces = text_pieces(tokenizer, tokens, new)
     if as_json or not stream:
         completion = "".join(pieces)
     else:
@@ -90,14 +90,15 @@ def generate(
     print(f"{len(new)} tokens in {seconds:.2f} s, seed {seed}", file=sys.stderr)
 
 
-def _load(folder: Path) -> "tuple[GPT, Tokenizer]":
+def load_gpt(folder: Path) -> "tuple[GPT, Tokenizer]":
     from shared.data import tokenizers
     from shared.models.gpt import GPT
     from shared.models.model_utils import load_model
 
     model = load_model(folder)
     if not isinstance(model, GPT):
-        raise CourseError(f"{folder} holds an encoder–decoder, which translates; give the folder of a GPT.")
+        kind = type(model).__name__
+        raise CourseError(f"{folder} holds a {kind}, which does not continue text; give the folder of a GPT.")
     tokenizer = tokenizers.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CourseError(
@@ -107,7 +108,7 @@ def _load(folder: Path) -> "tuple[GPT, Tokenizer]":
     return model, tokenizer
 
 
-def _pieces(tokenizer: "Tokenizer", tokens: Iterator[int], kept: list[int]) -> Iterator[str]:
+def text_pieces(tokenizer: "Tokenizer", tokens: Iterator[int], kept: list[int]) -> Iterator[str]:
     """Text as it becomes complete, for a token may end inside a character; tokens are added to `kept`."""
     import codecs
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,17 @@ SAMPLE_BYTES = 1_000_000  # of the corpus, to measure how many bytes a token cov
 SHOWN = 10  # merges and tokens in `inspect`
 
 
+class Kind(StrEnum):
+    """What can be trained."""
+
+    BPE = "bpe"
+    WORDPIECE = "wordpiece"
+    UNIGRAM = "unigram"
+
+
+NAMES = {Kind.BPE: "byte-level BPE", Kind.WORDPIECE: "WordPiece", Kind.UNIGRAM: "Unigram"}
+
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the tokenizer.json goes.")],
@@ -40,35 +52,39 @@ def train(
         str | None,
         typer.Option(metavar="NAME", help="python-docs, python-code, dates, shakespeare or stories."),
     ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Special tokens + 256 bytes + merges.")] = 8192,
+    kind: Annotated[
+        Kind, typer.Option(help="Byte-level BPE as GPT-2 has it, uncased WordPiece as BERT, Unigram as T5.")
+    ] = Kind.BPE,
+    vocab_size: Annotated[
+        int, typer.Option(help="Special tokens + 256 bytes (WordPiece: the alphabet) + what is learnt.")
+    ] = 8192,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learn a byte-level BPE tokenizer from a text or a corpus, with the course's own code.
+    """Learn a tokenizer from a text or a corpus, with the course's own code.
 
-    Example: course tokenizer train --corpus python-docs --vocab-size 8192 --out docs.json
+    Example: course tokenizer train --corpus python-docs --kind bpe --vocab-size 8192 --out docs.json
     """
     if (text is None) == (corpus is None) or corpus == "text":
         raise CourseError("Name one source: --text PATH for texts of your own, or --corpus NAME.")
     if out.exists() and not force:
         raise CourseError(f"{out} already exists; name another file, or replace it with --force.")
     from shared.data import corpora
-    from shared.data.tokenizers import BPETokenizer
 
+    trainer = _trainer(kind)
     with _progress() as advance:
         loaded = corpora.load("text", path=text) if text is not None else corpora.load(corpus or "")
         started = time.perf_counter()
-        tokenizer = BPETokenizer.train(
-            (document.text for document in loaded.documents), vocab_size, progress=advance
-        )
+        tokenizer = trainer((document.text for document in loaded.documents), vocab_size, progress=advance)
         seconds = time.perf_counter() - started
     tokenizer.save(out)
     result = {
         "path": str(out),
+        "kind": NAMES[kind],
         "corpus": loaded.name,
         "bytes": loaded.manifest["bytes"],
         "vocab_size": tokenizer.vocab_size,
-        "merges": len(tokenizer.merges),
+        "merges": len(getattr(tokenizer, "merges", [])),
         "bytes_per_token": round(_bytes_per_token(tokenizer, loaded.documents), 3),
         "seconds": round(seconds, 2),
         "fingerprint": tokenizer.fingerprint(),
@@ -78,7 +94,8 @@ def train(
         return
     if tokenizer.vocab_size < vocab_size:
         print(
-            f"The text has no more pairs to merge: {tokenizer.vocab_size} tokens, not {vocab_size}.",
+            f"The text has no more {'pieces' if kind is Kind.UNIGRAM else 'pairs to merge'}: "
+            f"{tokenizer.vocab_size} tokens, not {vocab_size}.",
             file=sys.stderr,
         )
     print(
@@ -89,7 +106,7 @@ def train(
 
 @app.command()
 def inspect(file: File, as_json: AsJson = False) -> None:
-    """What a tokenizer knows: size, special tokens, first merges, longest tokens.
+    """What a tokenizer knows: size, special tokens, first merges or best pieces, longest tokens.
 
     Example: course tokenizer inspect docs.json
     """
@@ -101,8 +118,9 @@ def inspect(file: File, as_json: AsJson = False) -> None:
         key=len,
         reverse=True,
     )
-    result = {
-        "kind": "byte-level BPE" if hasattr(tokenizer, "merges") else "characters",
+    kind = _kind(tokenizer)
+    result: dict[str, Any] = {
+        "kind": kind,
         "vocab_size": tokenizer.vocab_size,
         "special_tokens": tokenizer.special_tokens,
         "merges": len(merges),
@@ -110,6 +128,8 @@ def inspect(file: File, as_json: AsJson = False) -> None:
         "longest_tokens": [_readable(token) for token in longest[:SHOWN]],
         "fingerprint": tokenizer.fingerprint(),
     }
+    if kind == NAMES[Kind.UNIGRAM]:
+        result["best_pieces"] = _best_pieces(tokenizer)
     if as_json:
         streams.print_json(result)
         return
@@ -124,13 +144,15 @@ def inspect(file: File, as_json: AsJson = False) -> None:
         "Tokens": f"{tokenizer.vocab_size:,}",
         "Special": " ".join(f"{name} = {index}" for name, index in tokenizer.special_tokens.items())
         or "none",
-        "Merges": f"{len(merges):,}",
+        "Merges": f"{len(merges):,}" if merges else "",
         "First merges": "  ".join(f"{left!r}+{right!r}" for left, right in result["first_merges"]),
+        "Best pieces": "  ".join(f"{piece!r} {score:.2f}" for piece, score in result.get("best_pieces", [])),
         "Longest tokens": "  ".join(repr(token) for token in result["longest_tokens"]),
         "Fingerprint": result["fingerprint"],
     }
     for name, value in rows.items():
-        table.add_row(name, Text(value))
+        if value:
+            table.add_row(name, Text(value))
     display.stdout().print(table)
 
 
@@ -179,6 +201,36 @@ def _load(file: Path) -> "Tokenizer":
     return tokenizers.load(file)
 
 
+def _trainer(kind: Kind) -> "Callable[..., Tokenizer]":
+    if kind is Kind.WORDPIECE:
+        from shared.data.wordpiece import WordPieceTokenizer
+
+        return WordPieceTokenizer.train
+    if kind is Kind.UNIGRAM:
+        from shared.data.unigram import UnigramTokenizer
+
+        return UnigramTokenizer.train
+    from shared.data.tokenizers import BPETokenizer
+
+    return BPETokenizer.train
+
+
+def _kind(tokenizer: "Tokenizer") -> str:
+    from shared.data.tokenizers import LibraryTokenizer
+    from shared.data.unigram import LibraryUnigram
+    from shared.data.wordpiece import LibraryWordPiece
+
+    kinds = {LibraryTokenizer: Kind.BPE, LibraryWordPiece: Kind.WORDPIECE, LibraryUnigram: Kind.UNIGRAM}
+    kind = kinds.get(type(tokenizer))
+    return NAMES[kind] if kind else "characters"
+
+
+def _best_pieces(tokenizer: Any) -> list[tuple[str, float]]:
+    """The most probable pieces, with the natural logarithm of their probability."""
+    pieces = [(piece, score) for piece, score in tokenizer.pieces if piece not in tokenizer.special_tokens]
+    return sorted(pieces, key=lambda item: -item[1])[:SHOWN]
+
+
 def _number(word: str) -> int:
     try:
         return int(word)
@@ -201,12 +253,12 @@ def _bytes_per_token(tokenizer: "Tokenizer", documents: Any) -> float:
         tokens += len(tokenizer.encode(sample))
         if size >= SAMPLE_BYTES:
             break
-    return size / tokens
+    return size / tokens if tokens else 0.0
 
 
 @contextmanager
 def _progress() -> Iterator["Callable[[int, int], None]"]:
-    """A progress bar on standard error: for the reading, of unknown length, then for the merges."""
+    """A progress bar on standard error: for the reading, of unknown length, then for the learning."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from shared.cli import display
@@ -215,4 +267,4 @@ def _progress() -> Iterator["Callable[[int, int], None]"]:
     console = display.stderr()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Reading and counting words", total=None)
-        yield lambda done, total: bar.update(task, description="Learning merges", completed=done, total=total)
+        yield lambda done, total: bar.update(task, description="Learning tokens", completed=done, total=total)

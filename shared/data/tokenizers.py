@@ -1,4 +1,7 @@
-"""Text to token ids and back: byte-level BPE, from scratch and by the `tokenizers` library, and characters.
+"""Text to token ids and back: the face of every tokenizer, byte-level BPE and characters.
+
+Byte-level BPE is here from scratch and by the `tokenizers` library; `wordpiece` and `unigram` hold two more
+kinds behind the same face, and `load` reads them all.
 
 A byte-level BPE tokenizer works in three steps:
 
@@ -34,6 +37,7 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 # GPT-2's rule: English contractions, letters, numbers, other signs (each with one space before), white space.
 PRETOKEN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+MAX_VOCAB = 0x110000  # the training writes ids as characters
 CACHED_WORDS = 1 << 16  # words whose ids are kept, about 10 MB
 CACHED_LENGTH = 64  # longer words rarely come twice
 
@@ -56,7 +60,7 @@ def _printable(token: bytes) -> str:
     return "".join([BYTE_CHARACTERS[byte] for byte in token])
 
 
-def _utf8(text: str, errors: str = "surrogateescape") -> bytes:
+def utf8(text: str, errors: str = "surrogateescape") -> bytes:
     """UTF-8; bytes that were no UTF-8 and came in by "surrogateescape" go back to what they were."""
     try:
         return text.encode("utf-8", errors)
@@ -81,6 +85,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of a text.
 
+        What `decode` makes of them depends on the kind: byte-level BPE, and Unigram with byte fallback, give
+        the text back exactly; characters, and Unigram without, do so for the characters they know; WordPiece
+        gives back the words, without the capitals, accents and spaces that it took away.
+
         Args:
             text: any text.
             allow_special: read "<|endoftext|>" in the text as the special token; otherwise, as is right for
@@ -103,7 +111,7 @@ class Tokenizer(ABC):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of token ids, exactly as they went in.
+        """The bytes of token ids: of a tokenizer that loses nothing, exactly as they went in.
 
         Raises:
             CourseError: an id is not in 0…vocab_size − 1.
@@ -128,7 +136,7 @@ class Tokenizer(ABC):
         files.atomic_write(path, text.encode("utf-8"))
 
     def fingerprint(self) -> str:
-        """SHA-256 over tokens, merges and special tokens: equal for tokenizers that give the same ids."""
+        """SHA-256 over all that decides the ids: equal for tokenizers that give the same ids."""
         return files.sha256_json(self._identity())
 
     @property
@@ -208,8 +216,7 @@ class BPETokenizer(_ByteLevelBPE):
         }
         self._byte_ids = [self.vocab[bytes([byte])] for byte in range(256)]
         self._cache: dict[str, list[int]] = {}
-        names = sorted(self.special_tokens, key=len, reverse=True)  # the longest name wins
-        self._special = regex.compile("|".join(map(regex.escape, names))) if names else None
+        self._special = special_pattern(self.special_tokens)
 
     @classmethod
     def train(
@@ -242,15 +249,9 @@ class BPETokenizer(_ByteLevelBPE):
 
         Any bytes can be encoded, through `data.decode("utf-8", "surrogateescape")`.
         """
-        if not allow_special or self._special is None:
+        if not allow_special:
             return self._encode_plain(text)
-        ids: list[int] = []
-        end = 0
-        for match in self._special.finditer(text):
-            ids += self._encode_plain(text[end : match.start()])
-            ids.append(self.special_tokens[match.group()])
-            end = match.end()
-        return ids + self._encode_plain(text[end:])
+        return encode_special(text, self._special, self.special_tokens, self._encode_plain)
 
     def _encode_plain(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -258,7 +259,7 @@ class BPETokenizer(_ByteLevelBPE):
         for word in PRETOKEN.findall(text):
             found = cache.get(word)
             if found is None:
-                found = merge_ids([self._byte_ids[byte] for byte in _utf8(word)], self._ranks)
+                found = merge_ids([self._byte_ids[byte] for byte in utf8(word)], self._ranks)
                 if len(cache) < CACHED_WORDS and len(word) <= CACHED_LENGTH:
                     cache[word] = found
             ids += found
@@ -268,21 +269,66 @@ class BPETokenizer(_ByteLevelBPE):
         return _bpe_document(self)
 
 
-class LibraryTokenizer(_ByteLevelBPE):
-    """The `tokenizers` library (in Rust) behind the same face; any byte-level BPE, whatever its words.
+class LibraryEncoding(Tokenizer):
+    """What the `tokenizers` library (in Rust) does for each kind: encode, decode, write its document."""
+
+    def _bind(self, text: str) -> None:
+        """Take the library's tokenizer with the document `text`."""
+        from tokenizers import Tokenizer as RustTokenizer
+
+        self._plain = RustTokenizer.from_str(text)
+        self._plain.encode_special_tokens = True  # the library's word for: they are text like any other
+        self._with_special = RustTokenizer.from_str(text)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of a text; see `Tokenizer.encode`."""
+        tokenizer, text = self._with_special if allow_special else self._plain, self._whole(text)
+        try:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise _cannot_encode(error) from error
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, on as many threads as `RAYON_NUM_THREADS` allows."""
+        texts = [self._whole(text) for text in texts]
+        try:
+            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:
+            raise _cannot_encode(error) from error
+        return [encoding.ids for encoding in encodings]
+
+    @staticmethod
+    def _whole(text: str) -> str:
+        """`text`, if the library can take it: it has no way for bytes that are no UTF-8."""
+        if not text.isascii():
+            utf8(text, errors="strict")
+        return text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; see `Tokenizer.decode`."""
+        return self._plain.decode([int(index) for index in self._checked(ids)], skip_special_tokens=False)
+
+    def _document(self) -> dict[str, Any]:
+        return json.loads(self._plain.to_str())
+
+
+def _cannot_encode(error: Exception) -> CourseError:
+    return CourseError(
+        f"The tokenizers library cannot encode this text: {error}; use a tokenizer that has a token for it."
+    )
+
+
+class LibraryTokenizer(LibraryEncoding, _ByteLevelBPE):
+    """The `tokenizers` library's byte-level BPE behind the same face, whatever its words.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer` whose model is a byte-level BPE.
     """
 
     def __init__(self, tokenizer: Any):
-        from tokenizers import Tokenizer as RustTokenizer
-
         text = tokenizer.to_str()
         super().__init__(*_read_tables(json.loads(text), "the tokenizer"))
-        self._plain = RustTokenizer.from_str(text)
-        self._plain.encode_special_tokens = True  # the library's word for: they are text like any other
-        self._with_special = RustTokenizer.from_str(text)
+        self._bind(text)
 
     @classmethod
     def train(
@@ -304,32 +350,6 @@ class LibraryTokenizer(_ByteLevelBPE):
         )
         tokenizer.train_from_iterator(texts, trainer=trainer)
         return cls(tokenizer)
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of a text; see `Tokenizer.encode`."""
-        tokenizer = self._with_special if allow_special else self._plain
-        return tokenizer.encode(self._whole(text), add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on as many threads as `RAYON_NUM_THREADS` allows."""
-        encodings = self._plain.encode_batch_fast(
-            [self._whole(text) for text in texts], add_special_tokens=False
-        )
-        return [encoding.ids for encoding in encodings]
-
-    @staticmethod
-    def _whole(text: str) -> str:
-        """`text`, if the library can take it: it has no way for bytes that are no UTF-8."""
-        if not text.isascii():
-            _utf8(text, errors="strict")
-        return text
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; see `Tokenizer.decode`."""
-        return self._plain.decode([int(index) for index in self._checked(ids)], skip_special_tokens=False)
-
-    def _document(self) -> dict[str, Any]:
-        return json.loads(self._plain.to_str())
 
 
 class CharTokenizer(Tokenizer):
@@ -353,7 +373,7 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_text(cls, text: str, special_tokens: Sequence[str] = ()) -> "CharTokenizer":
         """A tokenizer for the characters of `text`, in Unicode order."""
-        _utf8(text, errors="strict")
+        utf8(text, errors="strict")
         return cls(sorted(set(text)), special_tokens)
 
     @property
@@ -389,8 +409,8 @@ class CharTokenizer(Tokenizer):
 
     def _document(self) -> dict[str, Any]:
         return {
-            **_COMMON,
-            "added_tokens": _added_tokens(self.special_tokens),
+            **COMMON,
+            "added_tokens": added_tokens(self.special_tokens),
             "pre_tokenizer": _EACH_CHARACTER,
             "decoder": {"type": "Fuse"},
             "model": {
@@ -427,26 +447,60 @@ def _check_request(vocab_size: int, special_tokens: Sequence[str]) -> None:
             f"A vocabulary of {vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens "
             f"need at least {least}."
         )
-    if vocab_size > 0x110000:  # the training writes ids as characters
-        raise CourseError(f"A vocabulary of {vocab_size} is too large; ask for at most {0x110000}.")
-    if len(set(special_tokens)) != len(special_tokens):
+    if vocab_size > MAX_VOCAB:
+        raise CourseError(f"A vocabulary of {vocab_size} is too large; ask for at most {MAX_VOCAB}.")
+    check_special(special_tokens, PRETOKEN.findall)
+
+
+def check_special(names: Sequence[str], words: Callable[[str], Sequence[str]]) -> None:
+    """Refuse a special token that is named twice or that `words` may leave whole when it cuts a text.
+
+    Raises:
+        CourseError: with the name.
+    """
+    if len(set(names)) != len(names):
         raise CourseError("A special token is given twice; name each once.")
-    for name in special_tokens:
-        if not name or PRETOKEN.fullmatch(name):
+    for name in names:
+        if len(words(name)) < 2:
             raise CourseError(
                 f"The special token {name!r} is a word that text may hold; give it marks, as in '<|{name}|>'."
             )
 
 
-class _Pairs:
+def special_pattern(names: Iterable[str]) -> regex.Pattern[str] | None:
+    """What finds special tokens in a text, the longest name first; None where there are none."""
+    ordered = sorted(names, key=len, reverse=True)
+    return regex.compile("|".join(map(regex.escape, ordered))) if ordered else None
+
+
+def encode_special(
+    text: str,
+    pattern: regex.Pattern[str] | None,
+    special_tokens: Mapping[str, int],
+    encode: Callable[[str], list[int]],
+) -> list[int]:
+    """Token ids of a text whose special tokens are read as such; `encode` does what lies between them."""
+    ids: list[int] = []
+    end = 0
+    for match in pattern.finditer(text) if pattern is not None else ():
+        ids += encode(text[end : match.start()])
+        ids.append(special_tokens[match.group()])
+        end = match.end()
+    return ids + encode(text[end:])
+
+
+class PairIndex:
     """How often each pair of neighbouring tokens occurs, and in which words: the incremental index.
+
+    `pop` and `merge` in turn learn one merge: the most frequent pair, replaced by the new token everywhere.
 
     Token ids are written as characters, `chr(id)`: a word is a string, a pair is a string of two, and
     Python's own string methods, which run in C, find and replace pairs.
     """
 
-    def __init__(self, words: list[str], counts: list[int]):
+    def __init__(self, words: list[str], counts: list[int], min_frequency: int = 1):
         self.words, self.word_counts = words, counts
+        self.min_frequency = max(min_frequency, 1)  # a pair that comes less often is never the next
         self.counts: defaultdict[str, int] = defaultdict(int)
         self.places: defaultdict[str, list[int]] = defaultdict(
             list
@@ -458,7 +512,7 @@ class _Pairs:
                 self.places[pair].append(index)
         # Most frequent first, then smallest ids. Entries whose count has changed since are put right when
         # they come up, which is cheaper than finding them in the heap.
-        self.heap = [(-count, pair) for pair, count in self.counts.items()]
+        self.heap = [(-count, pair) for pair, count in self.counts.items() if count >= min_frequency]
         heapq.heapify(self.heap)
 
     def pop(self) -> str | None:
@@ -470,7 +524,7 @@ class _Pairs:
             count = self.counts[pair]
             if count == -negative:
                 return pair
-            if count > 0:
+            if count >= self.min_frequency:
                 heapq.heappush(self.heap, (-count, pair))
         return None
 
@@ -478,13 +532,14 @@ class _Pairs:
         """Replace `pair` by `new` in all words that hold it, and count its neighbours anew."""
         before: defaultdict[str, list[int]] = defaultdict(list)  # neighbour → the words where it stands so
         after: defaultdict[str, list[int]] = defaultdict(list)
-        words = self.words
+        words, replaced = self.words, 0
         for index in self.places.pop(pair):
             parts = words[index].split(pair)
             if len(parts) == 1:
                 continue
             words[index] = new.join(parts)
             last = len(parts) - 1
+            replaced += last * self.word_counts[index]
             for number in range(last):  # an occurrence lies between parts `number` and `number` + 1
                 if neighbour := parts[number][-1:] or (new if number else ""):
                     before[neighbour].append(index)
@@ -495,8 +550,12 @@ class _Pairs:
             changed.add(self._move(neighbour + pair[0], neighbour + new, indices))
         for neighbour, indices in after.items():
             changed.add(self._move(pair[1] + neighbour, new + neighbour, indices))
+        self._rank(changed, pair, new, replaced)
+
+    def _rank(self, changed: Iterable[str], pair: str, new: str, replaced: int) -> None:
+        """Put the pairs whose counts changed into the heap, after `pair` became `new`, `replaced` times."""
         for other in changed:
-            if self.counts[other] > 0:
+            if self.counts[other] >= self.min_frequency:
                 heapq.heappush(self.heap, (-self.counts[other], other))
 
     def _move(self, old: str, new: str, indices: list[int]) -> str:
@@ -520,8 +579,8 @@ def _learn_merges(
     """
     ids = {token: index for index, token in enumerate(tokens) if index >= num_special}
     as_ids = {byte: chr(ids[bytes([byte])]) for byte in range(256)}
-    words = [_utf8(word).decode("latin-1").translate(as_ids) for word in counts]
-    pairs = _Pairs(words, list(counts.values()))
+    words = [utf8(word).decode("latin-1").translate(as_ids) for word in counts]
+    pairs = PairIndex(words, list(counts.values()))
     merges = []
     while len(tokens) < vocab_size and (pair := pairs.pop()) is not None:
         left, right = tokens[ord(pair[0])], tokens[ord(pair[1])]
@@ -570,18 +629,18 @@ def merge_ids(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) 
 
 # ------------------------------------------------------------------------------------------ tokenizer.json
 
-_COMMON = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None}
+COMMON = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None}
 _BYTE_LEVEL = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
 _EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-_MATCHING = {"single_word": False, "lstrip": False, "rstrip": False}
+MATCHING = {"single_word": False, "lstrip": False, "rstrip": False}
 
 
 def load(path: Path | str, implementation: str = "library") -> Tokenizer:
-    """Read `tokenizer.json`: byte-level BPE or characters, whoever wrote it.
+    """Read `tokenizer.json`: byte-level BPE, WordPiece, Unigram or characters, whoever wrote it.
 
     Args:
         path: the file.
-        implementation: "library" (fast) or "scratch", for byte-level BPE.
+        implementation: "library" (fast) or "scratch"; characters have one only.
 
     Raises:
         CourseError: the file is missing or damaged, or holds a tokenizer that the implementation cannot be.
@@ -590,21 +649,35 @@ def load(path: Path | str, implementation: str = "library") -> Tokenizer:
         raise ValueError(f"implementation {implementation!r} is neither 'library' nor 'scratch'")
     path = Path(path)
     document = _read_json(path)
-    kind = _field(document, "model", dict, path).get("type", "BPE")
+    kind = field(document, "model", dict, path).get("type", "BPE")
     if kind == "WordLevel":
         return _read_characters(document, path)
+    if kind in ("WordPiece", "Unigram"):  # they build on this module
+        from shared.data import unigram, wordpiece
+
+        return (wordpiece if kind == "WordPiece" else unigram).read(document, path, implementation)
     if kind != "BPE":
-        raise CourseError(f"{path} holds a {kind} tokenizer; the course reads byte-level BPE and characters.")
+        raise CourseError(
+            f"{path} holds a {kind} tokenizer; the course reads byte-level BPE, WordPiece, Unigram and "
+            "characters."
+        )
     tables = _read_tables(document, path)
     if implementation == "scratch":
         _require_gpt2_words(document, path)
         return BPETokenizer(*tables)
+    return LibraryTokenizer(read_library(path))
+
+
+def read_library(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a file.
+
+    Raises:
+        CourseError: the library cannot read it.
+    """
     from tokenizers import Tokenizer as RustTokenizer
 
     try:
-        return LibraryTokenizer(RustTokenizer.from_file(str(path)))
-    except CourseError:
-        raise
+        return RustTokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise CourseError(f"{path} cannot be read by the tokenizers library: {error}.") from error
 
@@ -612,8 +685,8 @@ def load(path: Path | str, implementation: str = "library") -> Tokenizer:
 def _bpe_document(tokenizer: _ByteLevelBPE) -> dict[str, Any]:
     vocab = {**tokenizer.special_tokens, **{_printable(token): i for token, i in tokenizer.vocab.items()}}
     return {
-        **_COMMON,
-        "added_tokens": _added_tokens(tokenizer.special_tokens),
+        **COMMON,
+        "added_tokens": added_tokens(tokenizer.special_tokens),
         "pre_tokenizer": {**_BYTE_LEVEL, "add_prefix_space": False},
         "decoder": {**_BYTE_LEVEL, "add_prefix_space": True},  # the library's default; decoding ignores it
         "model": {
@@ -631,8 +704,9 @@ def _bpe_document(tokenizer: _ByteLevelBPE) -> dict[str, Any]:
     }
 
 
-def _added_tokens(special_tokens: Mapping[str, int]) -> list[dict[str, Any]]:
-    rest = {**_MATCHING, "normalized": False, "special": True}
+def added_tokens(special_tokens: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Special tokens as `tokenizer.json` lists them: found in the text as it is, before any change to it."""
+    rest = {**MATCHING, "normalized": False, "special": True}
     return [{"id": index, "content": name, **rest} for name, index in special_tokens.items()]
 
 
@@ -648,19 +722,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _field(holder: Mapping[str, Any], key: str, kind: type, path: Path | str) -> Any:
+def field(holder: Mapping[str, Any], key: str, kind: type, path: Path | str) -> Any:
+    """`holder[key]`, if it is a `kind`; CourseError naming the file `path` if not."""
     value = holder.get(key)
     if not isinstance(value, kind):
         raise CourseError(f"{path} is damaged: {key!r} is missing or is not a {kind.__name__}.")
     return value
 
 
-def _read_special(document: Mapping[str, Any], path: Path | str) -> dict[str, int]:
+def part(document: Mapping[str, Any], key: str, path: Path | str) -> dict[str, Any]:
+    """A part that a `tokenizer.json` may leave out: `document[key]`, or {} for null."""
+    return {} if document.get(key) is None else field(document, key, dict, path)
+
+
+def read_special(document: Mapping[str, Any], path: Path | str) -> dict[str, int]:
+    """Names and ids of the special tokens in a `tokenizer.json`."""
     special = {}
-    for entry in _field(document, "added_tokens", list, path):
+    for entry in field(document, "added_tokens", list, path):
         if not isinstance(entry, dict):
             raise CourseError(f"{path} is damaged: an entry of 'added_tokens' is not an object.")
-        special[_field(entry, "content", str, path)] = _field(entry, "id", int, path)
+        special[field(entry, "content", str, path)] = field(entry, "id", int, path)
     return special
 
 
@@ -668,17 +749,17 @@ def _read_tables(
     document: Mapping[str, Any], path: Path | str
 ) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]], dict[str, int]]:
     """Vocabulary, merges and special tokens of a byte-level BPE, checked against each other."""
-    model = _field(document, "model", dict, path)
-    special = _read_special(document, path)
-    written: dict[str, int] = _field(model, "vocab", dict, path)
-    _check_ids({**written, **special}, path)
+    model = field(document, "model", dict, path)
+    special = read_special(document, path)
+    written: dict[str, int] = field(model, "vocab", dict, path)
+    check_ids({**written, **special}, path)
     try:
         vocab = {_to_bytes(token): index for token, index in written.items() if token not in special}
     except KeyError as error:
         raise CourseError(
             f"{path} is not a byte-level tokenizer: the character {error} of a token stands for no byte."
         ) from error
-    merges = [_read_merge(entry, vocab, path) for entry in _field(model, "merges", list, path)]
+    merges = [_read_merge(entry, vocab, path) for entry in field(model, "merges", list, path)]
     missing = next((byte for byte in range(256) if bytes([byte]) not in vocab), None)
     if missing is not None:
         raise CourseError(f"{path} is not a byte-level tokenizer: it has no token for byte {missing}.")
@@ -689,9 +770,13 @@ def _to_bytes(token: str) -> bytes:
     return bytes([CHARACTER_BYTES[character] for character in token])
 
 
-def _check_ids(names: Mapping[str, object], path: Path | str) -> None:
+def check_ids(names: Mapping[str, object], path: Path | str) -> None:
+    """Refuse tokens whose ids are not 0, 1, 2 … up to their number less one, each once."""
     if any(type(index) is not int for index in names.values()):
         raise CourseError(f"{path} is damaged: a token's id is not a whole number.")
+    for name in names:
+        if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+            raise CourseError(f"{path} is damaged: its token {name!r} holds half a surrogate pair.")
     if sorted(names.values()) != list(range(len(names))):
         raise CourseError(
             f"{path} is damaged: its {len(names)} tokens do not have the ids 0 to {len(names) - 1}."
@@ -711,14 +796,14 @@ def _read_merge(entry: object, vocab: Mapping[bytes, int], path: Path | str) -> 
 
 
 def _require_gpt2_words(document: Mapping[str, Any], path: Path) -> None:
-    words = document.get("pre_tokenizer") or {}
+    words = part(document, "pre_tokenizer", path)
     gpt2 = (
         words.get("type") == "ByteLevel"
         and not words.get("add_prefix_space")
         and words.get("use_regex", True)
     )
     plain = document.get("normalizer") is None and not any(
-        entry.get(option) for entry in document["added_tokens"] for option in _MATCHING
+        entry.get(option) for entry in document["added_tokens"] for option in MATCHING
     )
     model = document["model"]
     if not (gpt2 and plain) or model.get("dropout") or model.get("ignore_merges"):
@@ -728,9 +813,9 @@ def _require_gpt2_words(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _read_characters(document: Mapping[str, Any], path: Path) -> CharTokenizer:
-    special = _read_special(document, path)
-    names = _field(_field(document, "model", dict, path), "vocab", dict, path)
-    _check_ids(names, path)
+    special = read_special(document, path)
+    names = field(field(document, "model", dict, path), "vocab", dict, path)
+    check_ids(names, path)
     ordered = sorted(names, key=names.__getitem__)
     characters = ordered[len(special) :]
     if document.get("pre_tokenizer") != _EACH_CHARACTER or any(len(name) != 1 for name in characters):

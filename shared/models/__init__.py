@@ -1,1 +1,1 @@
-"""Attention, positions, blocks and the models built from them: the encoder–decoder Transformer and GPT."""
+"""Attention, positions, blocks and the models built from them: the encoder–decoder Transformer, GPT and BERT."""

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shared.models.attention import IMPLEMENTATIONS, MultiHeadAttention, attention_mask
 from shared.models.losses import cross_entropy, linear_cross_entropy
@@ -166,11 +167,17 @@ class GPT(nn.Module):
     Args:
         config: the architecture. The weights are drawn from PyTorch's generator; on the meta device
             (`with torch.device("meta")`) nothing is drawn and no memory used.
+
+    Attributes:
+        checkpointing: in training, keep only what enters each block and compute the rest again in backward
+            (Chen et al. 2016): memory for activations falls to about a block's, arithmetic grows by a third.
+            Losses and gradients are the same to the bit.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.position == "learned":
             self.position_embedding = LearnedPositions(config.context_length, config.d_model)
@@ -245,8 +252,12 @@ class GPT(nn.Module):
             positions = torch.arange(start, start + T, device=ids.device) - left_padding[:, None]  # (B, T)
         x = self._embed(ids, positions, cache)
         attend = self._attend(positions, start, T, left_padding)
+        recompute = self.checkpointing and self.training and cache is None
         for layer, block in enumerate(self.blocks):
-            x = block(x, cache=cache, layer=layer, **attend)
+            if recompute:
+                x = checkpoint(block, x, use_reentrant=False, **attend)
+            else:
+                x = block(x, cache=cache, layer=layer, **attend)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)

@@ -89,9 +89,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        if len(ctx.saved_tensors) == 3:
-            return *_weighted_gradients(gradient, *ctx.saved_tensors), None
-        y, r = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
+        if len(saved) == 3:
+            return *_weighted_gradients(gradient, *saved), None
+        y, r = saved
         inner = torch.linalg.vecdot(gradient, y).unsqueeze(-1).div_(-y.shape[-1])  # (…, 1)
         return torch.addcmul(gradient, y, inner).mul_(r), None, None
 

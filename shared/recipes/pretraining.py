@@ -16,6 +16,7 @@ from shared.models.gpt import GPT, GPTConfig
 from shared.recipes import runs
 from shared.runtime import artifacts
 from shared.runtime.errors import CourseError
+from shared.training import sharding
 from shared.training.config import DataConfig, Run
 from shared.training.trainer import History, Trainer, lm_evaluator, token_batches
 
@@ -57,7 +58,7 @@ def token_data(config: DataConfig) -> TokenData:
     """The corpus tokenised, by a tokenizer trained on its training part; made once and kept as an artefact.
 
     Raises:
-        CourseError: the corpus is not there, or too short to be split.
+        CourseError: the corpus is not there, or too short to be split; or the artefact was damaged since.
     """
     corpus = corpora.load(config.corpus, **({"path": config.path} if config.path else {}))
     key = dataclasses.asdict(config) | {"path": None, "sha256": corpus.manifest["sha256"]}
@@ -65,9 +66,7 @@ def token_data(config: DataConfig) -> TokenData:
         del key["vocab_size"]
     path = artifacts.build("tokens", key, lambda folder: _write_tokens(folder, corpus, config))
     tokenizer = tokenizers.load(path / TOKENIZER)
-    training, validation = (
-        shards.open_shards(path / name, tokenizer).tokens for name in (TRAINING, VALIDATION)
-    )
+    training, validation = (_checked(path / name, tokenizer) for name in (TRAINING, VALIDATION))
     if len(validation) < 2:
         raise CourseError(
             f"The part of {config.path or config.corpus} that is held out has {len(validation)} token and "
@@ -75,6 +74,13 @@ def token_data(config: DataConfig) -> TokenData:
         )
     size = artifacts.lineage(path)["metrics"]["validation_bytes"]
     return TokenData(tokenizer, training, validation, size, path)
+
+
+def _checked(path: Path, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+    """The ids of a shard, every byte compared with its checksum."""
+    shard = shards.open_shards(path, tokenizer)
+    shard.verify()
+    return shard.tokens
 
 
 def _write_tokens(folder: Path, corpus: corpora.Corpus, config: DataConfig) -> dict[str, int]:
@@ -130,21 +136,28 @@ def train_language_model(
         CourseError: as `Trainer.fit`, and if `directory` holds a run on other data.
     """
     settings = {"model": run.model, "training": run.training.identity()}
-    resume = runs.begin(directory, data.path.name, settings, resume=resume, rank=rank)
-    torch.manual_seed(run.training.seed)
-    model = GPT(run.model_config(data.tokenizer.vocab_size)).to(device)
-    trainer = Trainer(
-        model,
-        run.training,
-        token_batches(data.training, run.training, rank, world_size),
-        evaluate=_evaluator(run, data),
-        directory=directory,
-        progress=progress,
-    )
-    history = trainer.fit(resume=resume)
-    if rank == 0:
-        model_utils.save_model(model, directory / runs.MODEL, data.tokenizer, replace=True)
-    return history
+    with runs.reserved(directory, resume=resume, rank=rank):
+        resume = runs.begin(directory, data.path.name, settings, resume=resume, rank=rank)
+        torch.manual_seed(run.training.seed)
+        config = run.model_config(data.tokenizer.vocab_size)
+        model = GPT(config).to(device)
+        trainer = Trainer(
+            model,
+            run.training,
+            token_batches(data.training, run.training, rank, world_size),
+            evaluate=_evaluator(run, data),
+            directory=directory,
+            progress=progress,
+            bytes_per_token=data.validation_bytes / len(data.validation),
+        )
+        history = trainer.fit(resume=resume)
+        if trainer.sharded:
+            state = sharding.gather_model(model).state_dict()
+            model = GPT(config)
+            model.load_state_dict(state)
+        if rank == 0:
+            model_utils.save_model(model, directory / runs.MODEL, data.tokenizer, replace=True)
+        return history
 
 
 def _evaluator(run: Run, data: TokenData) -> Any:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,46 @@ def begin(
 
     Raises:
         CourseError: the folder holds something and `resume` is false; it holds no run and `resume` is true;
-            or the run in it has other data.
+            the run in it has other data; or another process trains into it.
     """
-    resumed = resume and _has_checkpoint(directory)
     if rank != 0:
-        return resumed
+        return resume and _has_checkpoint(directory)
+    resumed = _check(directory, resume)
     path = directory / RUN
-    for name in (RUN, MODEL):  # what a killed run was writing
-        files.remove_leftovers(directory / name)
-    record = json.loads(json.dumps({"data": data, **settings}))
-    if resumed and path.exists():
-        _compare(path, record)
-        return True
+    with checkpointing.lock(directory):
+        for name in (RUN, MODEL):  # what a killed run was writing
+            files.remove_leftovers(directory / name)
+        record = json.loads(json.dumps({"data": data, **settings}))
+        if resumed and path.exists():
+            _compare(path, record)
+            return True
+        files.atomic_write(path, json.dumps(record, indent=2) + "\n")
+        return resumed
+
+
+@contextmanager
+def reserved(directory: Path, *, resume: bool, rank: int) -> Iterator[None]:
+    """Keep every other process out of a run's folder until its model is saved; around `begin` and all after.
+
+    Raises:
+        CourseError: another process trains into it, or `begin` would refuse it.
+    """
+    if rank != 0:
+        yield
+        return
+    _check(directory, resume)  # before a lock is put into a folder that is somebody else's
+    with checkpointing.lock(directory):
+        yield
+
+
+def _check(directory: Path, resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from; refuses a folder that must not be touched."""
+    if resume:
+        return _has_checkpoint(directory)
     with files.explained("write", directory):
-        if not resume and directory.exists() and os.listdir(directory):
+        if directory.exists() and set(os.listdir(directory)) - {checkpointing.LOCK}:
             raise CourseError(f"{directory} is not empty; add --resume to go on, or name another folder.")
-    files.atomic_write(path, json.dumps(record, indent=2) + "\n")
-    return resumed
+    return False
 
 
 def _has_checkpoint(directory: Path) -> bool:

@@ -9,17 +9,24 @@ A checkpoint is a folder `step-00001000/`:
 
 It is written beside its place and renamed when complete, so that a kill -9 or a full disk leaves the previous
 one as it was. Loading checks every byte before anything is put into the model. Nothing is pickled.
+
+Beside the folders stand two files of one line, `latest` and `best`: the name of the newest checkpoint and of
+the one with the lowest validation loss. They can be given wherever a checkpoint's path can. What a run goes
+on from is decided by the folders themselves, so that a marker left behind by a kill can mislead nobody.
 """
 
 import json
+import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import filelock
 import numpy as np
 import safetensors.torch
 import torch
@@ -27,11 +34,43 @@ from torch import Tensor, nn
 
 from shared.runtime import files
 from shared.runtime.errors import CourseError
+from shared.training import sharding
 from shared.training.optimization import Optimizer
 
 MANIFEST, STATE, MODEL, TENSORS = "manifest.json", "state.json", "model.safetensors", "state.safetensors"
+LATEST, BEST, LOCK = "latest", "best", ".lock"
 NAME = re.compile(r"step-\d{8,}")
 FORMAT = 1
+
+
+class Stateful(Protocol):
+    """What is saved of a model or an optimiser."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint folder as `list_checkpoints` finds it; the content has not been read.
+
+    Attributes:
+        step: updates made when it was saved.
+        path: the folder.
+        bytes: of all files in it.
+        complete: every file is there, in the size that the manifest gives.
+        problem: what is not as it should be, or None.
+    """
+
+    step: int
+    path: Path
+    bytes: int
+    complete: bool
+    problem: str | None
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
 
 
 @dataclass(frozen=True)
@@ -78,26 +117,30 @@ def restore_generators(states: Mapping[str, Any]) -> None:
 def save_checkpoint(
     directory: Path | str,
     step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
+    model: Stateful,
+    optimizer: Stateful,
     config: Mapping[str, Any],
     *,
     extra: Mapping[str, Any] | None = None,
     keep: int = 2,
+    keep_every: int = 0,
+    best: bool = False,
 ) -> Path:
-    """Save a checkpoint as `directory/step-XXXXXXXX` and remove all but the newest `keep`.
+    """Save a checkpoint as `directory/step-XXXXXXXX`, mark it as the latest, and remove old ones.
 
     Args:
         directory: the run's folder.
         step: updates made so far.
+        model, optimizer: what has a `state_dict`.
         config: the training configuration, JSON-able; loading compares it.
         extra: anything else JSON-able (tensors allowed) to keep.
-        keep: checkpoints to leave, this one included.
+        keep, keep_every: see `prune`.
+        best: mark it as the best so far, too.
 
     Raises:
         CourseError: it cannot be written (full disk, no permission); earlier checkpoints are as they were.
     """
-    path = Path(directory) / f"step-{step:08d}"
+    path = checkpoint_path(directory, step)
     tensors: dict[str, Tensor] = {}
     weights, aliases = _unique(model.state_dict())
     state = {
@@ -120,38 +163,173 @@ def save_checkpoint(
     except (CourseError, OSError, safetensors.SafetensorError) as error:
         previous = latest_checkpoint(directory)
         kept = f"the previous one, {previous}, is intact" if previous else "there is none before it"
-        reason = str(error).rstrip(".")
+        reason = _full_disk(error, path, [*weights.values(), *tensors.values()]) or str(error).rstrip(".")
         raise CourseError(f"The checkpoint of step {step} was not saved ({reason}); {kept}.") from error
-    for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    settle(path, keep, keep_every, best=best)
     return path
 
 
-def list_checkpoints(directory: Path | str) -> list[Path]:
+def settle(path: Path, keep: int, keep_every: int, *, best: bool) -> None:
+    """Mark a new checkpoint and prune those before it; again after a kill that came in between."""
+    for marker in (LATEST, BEST) if best else (LATEST,):
+        files.atomic_write(path.parent / marker, path.name + "\n")
+    prune(path.parent, keep, keep_every)
+
+
+def _full_disk(error: Exception, path: Path, tensors: list[Tensor]) -> str:
+    """Of a full disk: what the checkpoint needs and what there is, now that its unfinished part is gone."""
+    if not any(sign in str(error) for sign in ("disk is full", "No space left", "quota")):
+        return ""
+    needed = sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(path.parent).free
+    missing = f", so {(needed - free) / 1e6:.1f} MB are missing" if needed > free else ""
+    return f"the disk is full: it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free{missing}"
+
+
+def checkpoint_path(directory: Path | str, step: int) -> Path:
+    """Where the checkpoint of a step stands, or would stand."""
+    return Path(directory) / f"step-{step:08d}"
+
+
+def _folders(directory: Path | str) -> list[Path]:
     """Checkpoint folders in a run's folder, oldest first."""
     found = [path for path in Path(directory).glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def list_checkpoints(directory: Path | str) -> list[CheckpointInfo]:
+    """The checkpoints in a run's folder, oldest first; sizes are checked, contents are not (see `verify`)."""
+    return [_info(path) for path in _folders(directory)]
+
+
+def _info(path: Path) -> CheckpointInfo:
+    size = 0
+    for file in path.iterdir():
+        with suppress(OSError):
+            size += file.stat().st_size
+    problem = None
+    try:
+        _check_sizes(path)
+    except CourseError as error:
+        problem = str(error)
+    return CheckpointInfo(int(path.name[5:]), path, size, problem is None, problem)
+
+
 def latest_checkpoint(directory: Path | str) -> Path | None:
     """The newest checkpoint folder of a run, or None."""
-    found = list_checkpoints(directory)
+    found = _folders(directory)
     return found[-1] if found else None
 
 
+def marked_checkpoint(directory: Path | str, marker: str = BEST) -> Path | None:
+    """The checkpoint that `directory/best` (or `latest`) names; None if there is no such file or folder."""
+    try:
+        name = (Path(directory) / marker).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    path = Path(directory) / name
+    return path if NAME.fullmatch(name) and path.is_dir() else None
+
+
+def prune(directory: Path | str, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Remove old checkpoints.
+
+    Args:
+        directory: the run's folder.
+        keep_last: leave the newest so many.
+        keep_every: leave those of every multiple of so many updates, too; 0: none.
+
+    What `best` names stays. What is not complete counts for nothing and is left as it is.
+
+    Returns:
+        The folders that were removed.
+    """
+    best = marked_checkpoint(directory)
+    complete = [found for found in list_checkpoints(directory) if found.complete]
+    old = [
+        found.path
+        for found in complete[: max(0, len(complete) - max(1, keep_last))]
+        if found.path != best and not (keep_every and found.step % keep_every == 0)
+    ]
+    for path in old:
+        # The name goes first: a kill in the middle must not leave half a checkpoint under it.
+        doomed = path.with_name(f".{path.name}.pruned.tmp")
+        with suppress(OSError):
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+    return old
+
+
+@contextmanager
+def lock(directory: Path | str) -> Iterator[None]:
+    """Keep every other process from training into `directory` meanwhile; a kill -9 releases it, too.
+
+    The same thread may take it again. The file stays behind: removing it would let two processes each hold
+    the lock of a file of that name.
+
+    Raises:
+        CourseError: another process has it, or the folder cannot be written to.
+    """
+    directory = Path(directory)
+    with files.explained("write", directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(directory.resolve() / LOCK, is_singleton=True)
+        try:
+            held.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise CourseError(
+                f"Another process is training in {directory}; wait for its end, or name another folder."
+            ) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def load_checkpoint(path: Path | str) -> Checkpoint:
-    """Read a checkpoint folder (or the newest in a run's folder), every byte checked against its SHA-256.
+    """Read a checkpoint folder, or what a marker names, or the newest in a run's folder.
+
+    Every byte is checked against its SHA-256 first.
 
     Raises:
         CourseError: there is none, or a file of it is missing, truncated or altered.
     """
     path = Path(path)
+    if path.name in (LATEST, BEST) and path.is_file():
+        marked = marked_checkpoint(path.parent, path.name)
+        if marked is None:
+            raise CourseError(
+                f"{path} names no checkpoint of {path.parent}; name one of its folders instead."
+            )
+        path = marked
     if not (path / MANIFEST).exists() and not NAME.fullmatch(path.name):
         newest = latest_checkpoint(path)
         if newest is None:
             raise CourseError(f"No checkpoint in {path}; start the run without --resume.")
         path = newest
-    _verify(path)
+    verify(path)
+    return _read(path)
+
+
+def load_newest(directory: Path | str) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint of a run that is whole, and one sentence on each newer one that is damaged.
+
+    Raises:
+        CourseError: there is none at all, or all are damaged (the newest is named).
+    """
+    problems: list[CourseError] = []
+    for path in reversed(_folders(directory)):
+        try:
+            return load_checkpoint(path), [str(problem) for problem in problems]
+        except CourseError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
+    raise CourseError(f"No checkpoint in {directory}; start the run without --resume.")
+
+
+def _read(path: Path) -> Checkpoint:
+    """The content of a checkpoint whose bytes have been verified."""
     try:
         state = json.loads((path / STATE).read_text())
         tensors = safetensors.torch.load_file(path / TENSORS)
@@ -178,8 +356,13 @@ def restore(
     """
     _same_config(checkpoint, json.loads(json.dumps(dict(config))))
     _same_shapes(checkpoint, model)
-    model.load_state_dict(checkpoint.model)
-    optimizer.load_state_dict(checkpoint.optimizer)
+    weights, moments = checkpoint.model, checkpoint.optimizer
+    if any(map(sharding.is_shard, model.parameters())):
+        here = model.state_dict()
+        weights = {name: sharding.scatter(tensor, here[name]) for name, tensor in weights.items()}
+        moments = sharding.scatter_optimizer(moments, optimizer)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
     restore_generators(checkpoint.generators)
 
 
@@ -209,13 +392,27 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, why: str) -> CourseError:
-    earlier = [other for other in list_checkpoints(path.parent) if other < path]
-    way_out = f"delete it to resume from {earlier[-1].name}" if earlier else "delete it and start again"
+    earlier = [other for other in _folders(path.parent) if other < path]
+    way_out = f"before it there is {earlier[-1].name}" if earlier else "delete it and start again"
     return CourseError(f"Checkpoint {path} is damaged ({why}); {way_out}.")
 
 
-def _verify(path: Path) -> None:
-    """Compare each file's size and SHA-256 with the manifest."""
+def verify(path: Path | str) -> None:
+    """Compare size and SHA-256 of each of a checkpoint's files with its manifest.
+
+    Raises:
+        CourseError: a file is missing, truncated or altered (it is named), or cannot be read.
+    """
+    path = Path(path)
+    listing = _check_sizes(path)
+    for name in (MODEL, TENSORS, STATE):
+        with files.explained("read checkpoint", path):
+            if files.sha256_file(path / name) != listing[name]["sha256"]:
+                raise _damaged(path, f"{name} was altered")
+
+
+def _check_sizes(path: Path) -> dict[str, Any]:
+    """The manifest's list of files, once each is there in its size."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         listing = manifest["files"]
@@ -225,8 +422,6 @@ def _verify(path: Path) -> None:
             size, expected = (path / name).stat().st_size, listing[name]["bytes"]
             if size != expected:
                 raise _damaged(path, f"{name} has {size} of {expected} bytes")
-            if files.sha256_file(path / name) != listing[name]["sha256"]:
-                raise _damaged(path, f"{name} was altered")
     except CourseError:
         raise
     except FileNotFoundError as error:
@@ -235,6 +430,7 @@ def _verify(path: Path) -> None:
         raise CourseError(f"Cannot read checkpoint {path}: {error.strerror}.") from error
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(path, f"{MANIFEST} cannot be read") from error
+    return listing
 
 
 def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -23,7 +23,23 @@ import yaml
 
 from shared.runtime.errors import CourseError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What does not decide the weights, and so may change from one part of a run to the next.
+ASIDE = (
+    "activation_checkpointing",
+    "parallel",
+    "log_interval",
+    "eval_interval",
+    "checkpoint_interval",
+    "keep",
+    "keep_every",
+    "save_best",
+    "patience",
+    "tracker",
+    "peak_tflops",
+)
+# Younger than some checkpoints: named in a run's identity only where they differ from the default.
+YOUNGER = ("compile", "guard", "guard_window", "guard_patience", "guard_rollbacks")
 C = TypeVar("C")
 
 
@@ -75,12 +91,38 @@ class TrainConfig:
     min_lr_ratio: float = _key(0.1, "last rate over peak rate (cosine, wsd)", least=0.0, most=1.0)
     decay_fraction: float = _key(0.2, "share of the updates in wsd's decay", least=0.0, most=1.0)
     clip: float = _key(1.0, "largest global gradient norm; 0: no clipping", least=0.0)
-    dtype: str = _key("float32", "number format of matrix multiplications", choices=tuple(DTYPES))
+    dtype: str = _key(
+        "float32",
+        "number format of matrix multiplications; float16: losses are scaled",
+        choices=tuple(DTYPES),
+    )
+    activation_checkpointing: bool = _key(
+        False, "compute each block's activations again in backward: less memory, a third more arithmetic"
+    )
+    compile: bool = _key(False, "let torch.compile generate kernels: a minute at the start, then faster")
+    parallel: str = _key(
+        "ddp", "on several processes: a copy of the model on each, or shards of it", choices=("ddp", "fsdp2")
+    )
+    guard: float = _key(
+        0.0,
+        "standard deviations above the mean from which a loss or gradient norm is skipped; 0: off",
+        least=0.0,
+    )
+    guard_window: int = _key(128, "updates that mean and deviation are taken over", least=8)
+    guard_patience: int = _key(5, "skipped updates in a row before going back to a checkpoint", least=1)
+    guard_rollbacks: int = _key(2, "times to go back before the run stops", least=0)
     seed: int = _key(0, "order of the data", least=0, most=2**32 - 1)
     log_interval: int = _key(10, "updates between history entries", least=1)
     eval_interval: int = _key(0, "updates between evaluations; 0: only after the last", least=0)
     checkpoint_interval: int = _key(0, "updates between checkpoints; 0: only after the last", least=0)
-    keep: int = _key(2, "checkpoints to keep", least=1)
+    keep: int = _key(2, "checkpoints to keep, beside the best", least=1)
+    keep_every: int = _key(0, "updates; a checkpoint at each multiple is kept for good; 0: none", least=0)
+    save_best: bool = _key(False, "a checkpoint at every evaluation with the lowest val_loss so far, too")
+    patience: int = _key(0, "evaluations without a lower val_loss before the run stops; 0: never", least=0)
+    tracker: str = _key("tensorboard", "where to watch the run", choices=("tensorboard", "wandb", "none"))
+    peak_tflops: float = _key(
+        0.0, "of a process's hardware, in 10^12 FLOP/s, for MFU; 0: measured by a matmul", least=0.0
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, torch.dtype):  # `dtype=machine.dtype` reads well in a notebook
@@ -90,6 +132,15 @@ class TrainConfig:
         if starts and (starts[0] != 0 or starts != sorted(set(starts))):
             raise CourseError(
                 f"stages start at {starts}; the first must start at 0 and each later than the last."
+            )
+        if self.patience and not self.eval_interval:
+            raise CourseError(
+                f"patience is {self.patience} and eval_interval 0; evaluations are what patience counts."
+            )
+        if self.parallel == "fsdp2" and (self.optimizer == "muon" or self.dtype == "float16"):
+            raise CourseError(
+                f"parallel is 'fsdp2' with {self.optimizer} in {self.dtype}; shards of a model are trained "
+                "by adamw, in bfloat16 or float32."
             )
 
     @property
@@ -114,9 +165,13 @@ class TrainConfig:
         return result
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights: all but the intervals of logging, evaluating and saving."""
-        aside = ("log_interval", "eval_interval", "checkpoint_interval", "keep")
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in aside}
+        """What decides the weights: all but intervals, logging, and how the work is laid out."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in ASIDE and not (key in YOUNGER and value == defaults[key])
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shared.training import sharding
+
 if TYPE_CHECKING:
     from shared.training.trainer import TrainConfig
 
@@ -273,7 +275,11 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """
     limit = max_norm if max_norm > 0 else math.inf
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if gradients and sharding.is_shard(gradients[0]):
+        gradients = [sharding.local(gradient) for gradient in gradients]
+        norm = sharding.global_norm(gradients)
+    else:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if limit < math.inf:
         torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
     return norm

@@ -43,6 +43,12 @@ class Progress:
             self.shown = now
             self._show(self._line(step, loss, validation, now))
 
+    def note(self, line: str) -> None:
+        """Leave a line of its own on stderr, above the progress line."""
+        if self.enabled:
+            sys.stderr.write("\r\x1b[2K" * self.terminal + line + "\n")
+            sys.stderr.flush()
+
     def finish(self, step: int, loss: float, validation: float | None) -> None:
         """Leave one line behind that says what came out."""
         if self.enabled:

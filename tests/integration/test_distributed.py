@@ -11,7 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from shared.models.gpt import GPT, GPTConfig
 from shared.runtime.errors import CourseError
+from shared.training.checkpointing import list_checkpoints, load_checkpoint
 from shared.training.distributed_utils import (
     GradientAverager,
     all_reduce_mean,
@@ -19,6 +21,7 @@ from shared.training.distributed_utils import (
     largest_difference,
     launch,
 )
+from shared.training.sharding import gather_model
 from shared.training.trainer import TrainConfig, Trainer
 
 pytestmark = pytest.mark.slow
@@ -117,6 +120,48 @@ def config(accumulation):
     )
 
 
+def gpt():
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    # Tied embeddings, blocks that become shards, and no biases: the gradient of the keys' bias is
+    # rounding error, which AdamW would make an update of.
+    return GPT(GPTConfig(VOCAB, T, 2, 2, 16, bias=False))
+
+
+def gpt_settings(**changes):
+    settings = {"steps": 6, "batch_size": B, "context_length": T, "log_interval": 1, "learning_rate": 1e-3}
+    return TrainConfig(**settings | {"checkpoint_interval": 3, "clip": 0.5, "tracker": "none"} | changes)
+
+
+def mean_loss(model):
+    """Over two fixed batches, as `evaluate_lm` would have it."""
+    with torch.inference_mode():
+        return {"loss": sum(float(model(*big_batch(step))[1]) for step in (100, 101)) / 2}
+
+
+def sharded(directory=None, resume=False, accumulation=1, **changes):
+    """A training on shards; what comes back shows that they were shards, and what they were trained to."""
+    model = gpt()
+    before = largest_difference(model.parameters())
+    settings = gpt_settings(accumulation=accumulation, parallel="fsdp2", **changes)
+    trainer = Trainer(model, settings, share, evaluate=mean_loss, directory=directory, progress=False)
+    parts = sum(p.to_local().numel() for p in model.parameters())
+    history = trainer.fit(resume=resume)
+    return {
+        "before": before,
+        "parts": parts,
+        "weights": gather_model(model).state_dict(),
+        "losses": [entry["loss"] for entry in history],
+        "norms": [entry["grad_norm"] for entry in history],
+        "val_loss": history[-1]["val_loss"],
+    }
+
+
+def one_process_gpt(**changes):
+    model = gpt()
+    trainer = Trainer(model, gpt_settings(**changes), big_batch, evaluate=mean_loss, progress=False)
+    return model, trainer.fit()
+
+
 def mean_of_ranks(start):
     return all_reduce_mean(start + dist.get_rank())
 
@@ -183,6 +228,80 @@ def test_two_processes_save_one_run_and_resume_it(tmp_path):
     expected, _ = one_process()
     for result in launch(training, 2, directory=str(tmp_path), resume=True):
         torch.testing.assert_close(result["weights"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulation": 2}, {"activation_checkpointing": True}])
+def test_shards_are_trained_to_the_weights_of_one_process(options):
+    model, history = one_process_gpt(**options)
+    results = launch(sharded, 2, **options)
+    assert sum(result["parts"] for result in results) == model.num_parameters()
+    for result in results:
+        assert result["before"] > 0.01  # the ranks started different
+        assert 0.4 < result["parts"] / model.num_parameters() < 0.6
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(result["weights"][name], tensor, rtol=0, atol=1e-6)
+        assert result["losses"] == pytest.approx([entry["loss"] for entry in history], abs=1e-6)
+        assert result["norms"] == pytest.approx([entry["grad_norm"] for entry in history], rel=1e-5)
+        assert result["val_loss"] == pytest.approx(history[-1]["val_loss"], abs=1e-6)
+    assert history[0]["grad_norm"] > 0.5  # the clipping had something to do
+
+
+def test_a_checkpoint_of_shards_is_whole_and_goes_on_as_shards_or_as_copies(tmp_path):
+    model, _ = one_process_gpt()
+    launch(sharded, 2, directory=str(tmp_path))
+    for step in (3, 6):
+        saved = load_checkpoint(tmp_path / f"step-{step:08d}")
+        assert {n: t.shape for n, t in saved.model.items()} == {
+            n: t.shape for n, t in model.state_dict().items()
+        }
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(saved.model[name], tensor, rtol=0, atol=1e-6)
+    moments = saved.optimizer["state"][0]
+    assert moments["exp_avg"].shape == next(model.parameters()).shape
+    for parallel in ("fsdp2", "ddp"):
+        folder = tmp_path / parallel
+        shutil.copytree(tmp_path / "step-00000003", folder / "step-00000003")
+        function = sharded if parallel == "fsdp2" else copies
+        for result in launch(function, 2, directory=str(folder), resume=True):
+            for name, tensor in model.state_dict().items():
+                torch.testing.assert_close(result["weights"][name], tensor, rtol=0, atol=1e-6)
+
+
+def copies(directory, resume):
+    model = gpt()
+    Trainer(model, gpt_settings(), share, evaluate=mean_loss, directory=directory, progress=False).fit(
+        resume=resume
+    )
+    return {"weights": model.state_dict()}
+
+
+def stopping_early(directory):
+    """All ranks stop, and save the best, after the same evaluation, though one alone evaluates."""
+    model = gpt()
+    losses = iter([3.0, 1.0, 2.0, 2.0, 0.0])
+    settings = gpt_settings(eval_interval=1, patience=2, save_best=True, checkpoint_interval=0)
+    trainer = Trainer(
+        model,
+        settings,
+        share,
+        evaluate=lambda model: {"loss": next(losses)},
+        directory=directory,
+        progress=False,
+    )
+    trainer.fit()
+    return trainer.step
+
+
+def test_all_processes_stop_early_together(tmp_path):
+    assert launch(stopping_early, 2, directory=str(tmp_path), timeout=60) == [4, 4]
+    assert [found.step for found in list_checkpoints(tmp_path)] == [2, 4]
+    assert (tmp_path / "best").read_text() == "step-00000002\n"
+
+
+@pytest.mark.parametrize(("optimizer", "dtype"), [("muon", "float32"), ("adamw", "float16")])
+def test_what_shards_cannot_do_is_refused(optimizer, dtype):
+    with pytest.raises(CourseError, match=f"parallel is 'fsdp2' with {optimizer} in {dtype}"):
+        gpt_settings(parallel="fsdp2", optimizer=optimizer, dtype=dtype)
 
 
 def test_processes_share_the_cores_and_return_tensors_by_rank():

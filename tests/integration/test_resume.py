@@ -99,12 +99,13 @@ def test_kill_9_then_resume_equals_the_uninterrupted_run(workplace):
     assert not list(killed.glob(".*.tmp"))
 
 
-def test_ctrl_c_saves_says_so_and_resumes(workplace):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_say_so_and_can_be_resumed(workplace, number, status):
     straight, stopped = workplace / "straight", workplace / "stopped"
     assert train(workplace, "--out", str(straight)).returncode == 0
-    process = interrupt(workplace, stopped, signal.SIGINT)
+    process = interrupt(workplace, stopped, number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    assert process.returncode == status, said
     assert "Interrupted at step" in said
     assert "resume to go on" in said
     assert "Traceback" not in said
@@ -112,7 +113,8 @@ def test_ctrl_c_saves_says_so_and_resumes(workplace):
     assert_same_weights(straight, stopped)
 
 
-def test_two_processes_under_torchrun_train_one_model(workplace):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_under_torchrun_train_one_model(workplace, parallel):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [
         "-m",
@@ -122,6 +124,10 @@ def test_two_processes_under_torchrun_train_one_model(workplace):
         str(workplace / "tiny.yaml"),
         "--out",
         str(workplace / "run"),
+        "--set",
+        f"training.parallel={parallel}",
+        "--set",
+        "training.optimizer=adamw",
     ]
     local = os.environ | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
     done = subprocess.run(
@@ -133,7 +139,13 @@ def test_two_processes_under_torchrun_train_one_model(workplace):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens"] == 2 * 60 * 2 * 16
+    result = json.loads(done.stdout)
+    assert result["tokens"] == 2 * 60 * 2 * 16
+
+    from shared.models.model_utils import load_model
+
+    model, saved = load_model(result["model"]), final_weights(workplace / "run")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -3,26 +3,36 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from shared.runtime.errors import CourseError
+from shared.runtime.files import repository_root
 from shared.training import checkpointing
 from shared.training.checkpointing import (
     generator_states,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_newest,
+    lock,
+    marked_checkpoint,
     pack,
+    prune,
     restore,
     restore_generators,
     save_checkpoint,
     unpack,
+    verify,
 )
 
 CONFIG = {"learning_rate": 0.1, "betas": (0.9, 0.95), "steps": 3}
@@ -116,7 +126,7 @@ def test_a_missing_file_is_named_with_the_checkpoint_to_go_back_to(tmp_path):
         save_checkpoint(tmp_path, step, *trained(), CONFIG)
     (tmp_path / "step-00000002" / "model.safetensors").unlink()
     with pytest.raises(
-        CourseError, match=r"model.safetensors is missing.*delete it to resume from step-00000001"
+        CourseError, match=r"model.safetensors is missing\); before it there is step-00000001"
     ):
         load_checkpoint(tmp_path)
     shutil.rmtree(tmp_path / "step-00000002")
@@ -198,3 +208,134 @@ def test_generators_go_back_to_where_they_were():
     second = random.gauss(0, 1), np.random.randn(), torch.randn(2)
     assert first[:2] == second[:2]
     assert torch.equal(first[2], second[2])
+
+
+# ---------------------------------------------------------------- lists, markers, pruning, the lock
+
+
+def save(directory, step, **options):
+    options = {"keep": 99} | options
+    return save_checkpoint(directory, step, *trained(step), CONFIG, **options)
+
+
+def test_a_list_says_what_is_whole_and_how_large(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-00000002" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "step-00000003" / "state.json").unlink()
+    found = list_checkpoints(tmp_path)
+    assert [(one.step, one.name, one.complete) for one in found] == [
+        (1, "step-00000001", True),
+        (2, "step-00000002", False),
+        (3, "step-00000003", False),
+    ]
+    assert found[0].problem is None
+    assert "model.safetensors has 0 of" in found[1].problem
+    assert "state.json is missing" in found[2].problem
+    assert found[0].bytes == sum(path.stat().st_size for path in found[0].path.iterdir())
+    assert list_checkpoints(tmp_path / "none") == []
+
+
+def test_verify_reads_every_byte(saved):
+    path, _, _ = saved
+    verify(path)
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    assert list_checkpoints(path.parent)[0].complete  # the sizes are right
+    with pytest.raises(CourseError, match="is damaged .model.safetensors was altered"):
+        verify(path)
+
+
+def test_the_newest_whole_checkpoint_is_loaded_and_the_damaged_ones_are_named(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    assert load_newest(tmp_path)[1] == []
+    (tmp_path / "step-00000003" / "manifest.json").unlink()
+    (tmp_path / "step-00000002" / "model.safetensors").write_bytes(b"")
+    checkpoint, problems = load_newest(tmp_path)
+    assert checkpoint.step == 1
+    assert len(problems) == 2
+    assert "step-00000003 is damaged (manifest.json is missing)" in problems[0]
+    assert "step-00000002 is damaged (model.safetensors has 0 of" in problems[1]
+    with pytest.raises(CourseError, match="No checkpoint in"):
+        load_newest(tmp_path / "none")
+
+
+def test_markers_name_the_latest_and_the_best(tmp_path):
+    save(tmp_path, 1, best=True)
+    save(tmp_path, 2)
+    assert (tmp_path / "latest").read_text() == "step-00000002\n"
+    assert load_checkpoint(tmp_path / "best").step == 1
+    assert marked_checkpoint(tmp_path) == tmp_path / "step-00000001"
+    shutil.rmtree(tmp_path / "step-00000001")
+    assert marked_checkpoint(tmp_path) is None
+    with pytest.raises(CourseError, match="best names no checkpoint"):
+        load_checkpoint(tmp_path / "best")
+    (tmp_path / "best").write_text("../../somewhere\n")
+    assert marked_checkpoint(tmp_path) is None
+    (tmp_path / "best").unlink()
+    assert marked_checkpoint(tmp_path) is None
+
+
+def test_pruning_leaves_the_last_the_best_the_multiples_and_what_is_damaged(tmp_path):
+    for step in range(1, 11):
+        save(tmp_path, step, best=step == 2)
+    (tmp_path / "step-00000009" / "model.safetensors").write_bytes(b"")
+    gone = prune(tmp_path, keep_last=2, keep_every=4)
+    assert [one.step for one in list_checkpoints(tmp_path)] == [2, 4, 8, 9, 10]
+    assert [path.name for path in gone] == [f"step-{step:08d}" for step in (1, 3, 5, 6, 7)]
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert prune(tmp_path, keep_last=2, keep_every=4) == []
+    assert [path.name for path in prune(tmp_path, keep_last=1)] == ["step-00000004", "step-00000008"]
+
+
+def test_a_full_disk_is_explained_in_numbers(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(tensors, path):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpointing.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    model = nn.Linear(1000, 1000)  # 4 MB
+    with pytest.raises(
+        CourseError,
+        match=r"step 2 was not saved \(the disk is full: it needs 4.0 MB and 1.0 MB are free, so 3.0 MB are "
+        r"missing\); the previous one, .*step-00000001, is intact",
+    ):
+        save_checkpoint(tmp_path, 2, model, torch.optim.AdamW(model.parameters()), CONFIG)
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+
+
+HOLDER = """
+import sys, time
+from shared.training.checkpointing import lock
+with lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_keeps_other_processes_out_until_their_end_however_it_comes(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    holder = subprocess.Popen(command, cwd=repository_root(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(CourseError, match="Another process is training in .*run; wait for its end"),
+            lock(tmp_path / "run"),
+        ):
+            pass
+    finally:
+        holder.kill()  # SIGKILL: it releases nothing itself
+        holder.wait()
+        holder.stdout.close()
+    with lock(tmp_path / "run"), lock(tmp_path / "run"):  # the same process may take it twice
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CourseError, match="Cannot write"), lock(tmp_path / "file" / "run"):
+        pass

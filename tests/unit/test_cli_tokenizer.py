@@ -3,11 +3,14 @@
 import io
 import json
 import re
+from itertools import pairwise
 
 import pytest
 
 from shared.cli import main
 from shared.data import corpora, tokenizers
+from shared.data.unigram import UnigramTokenizer
+from shared.data.wordpiece import WordPieceTokenizer
 
 
 @pytest.fixture
@@ -54,6 +57,62 @@ def test_training_writes_the_tokenizer_that_the_class_learns(tmp_path, capsys):
     assert (result["vocab_size"], result["merges"]) == (500, 243)
     encoded = sum(map(len, expected.encode_batch(texts)))
     assert result["bytes_per_token"] == pytest.approx(result["bytes"] / encoded, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainer", "name"),
+    [("wordpiece", WordPieceTokenizer, "WordPiece"), ("unigram", UnigramTokenizer, "Unigram")],
+)
+def test_each_kind_is_trained_inspected_and_used(tmp_path, capsys, kind, trainer, name):
+    out = tmp_path / f"{kind}.json"
+    arguments = ["train", "--corpus", "stories", "--kind", kind, "--vocab-size", "600", "--out", str(out)]
+    assert main(["tokenizer", *arguments, "--json"]) == 0
+    result = _json(capsys)
+    texts = [document.text for document in corpora.load("stories").documents]
+    expected = trainer.train(texts, 600)
+    assert result["fingerprint"] == expected.fingerprint() == tokenizers.load(out).fingerprint()
+    assert (result["kind"], result["vocab_size"], result["merges"]) == (name, 600, 0)
+    encoded = sum(map(len, expected.encode_batch(texts)))
+    assert result["bytes_per_token"] == pytest.approx(result["bytes"] / encoded, abs=0.001)
+
+    assert main(["tokenizer", "inspect", str(out), "--json"]) == 0
+    shown = _json(capsys)
+    assert (shown["kind"], shown["special_tokens"]) == (name, expected.special_tokens)
+    assert main(["tokenizer", "inspect", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert name in table
+    assert "Merges" not in table
+    assert ("Best pieces" in table) == (kind == "unigram")
+
+    assert main(["tokenizer", "encode", str(out), "the cat.", "--json"]) == 0
+    ids = _json(capsys)["ids"]
+    assert ids == expected.encode("the cat.")
+    assert main(["tokenizer", "decode", str(out), *map(str, ids)]) == 0
+    assert capsys.readouterr().out == "the cat.\n"
+
+
+def test_inspect_shows_the_most_probable_pieces(tmp_path, capsys):
+    out = tmp_path / "unigram.json"
+    main(
+        [
+            "tokenizer",
+            "train",
+            "--corpus",
+            "stories",
+            "--kind",
+            "unigram",
+            "--vocab-size",
+            "600",
+            "--out",
+            str(out),
+        ]
+    )
+    capsys.readouterr()
+    assert main(["tokenizer", "inspect", str(out), "--json"]) == 0
+    pieces = _json(capsys)["best_pieces"]
+    assert len(pieces) == 10
+    assert [" the", pytest.approx(-3.2, abs=0.5)] in pieces
+    assert all(before[1] >= after[1] for before, after in pairwise(pieces))
 
 
 def test_a_text_of_ones_own_is_read_and_a_small_one_ends_early(tmp_path, capsys):
@@ -142,6 +201,15 @@ def test_inspect_shows_characters_too(tmp_path, capsys):
         (["train", "--out", "x.json", "--corpus", "text"], "--text PATH"),
         (["train", "--out", "x.json", "--text", "missing.txt"], "missing.txt does not exist"),
         (["train", "--out", "x.json", "--corpus", "stories", "--vocab-size", "10"], "at least 257"),
+        (["train", "--out", "x.json", "--corpus", "stories", "--kind", "char"], "'char' is not one of 'bpe'"),
+        (
+            ["train", "--out", "x.json", "--corpus", "stories", "--kind", "wordpiece", "--vocab-size", "9"],
+            "too small",
+        ),
+        (
+            ["train", "--out", "x.json", "--corpus", "stories", "--kind", "unigram", "--vocab-size", "9"],
+            "too small",
+        ),
         (["inspect", "missing.json"], "No such file"),
         (["decode", "FILE", "500"], "Token id 500 .*ids 0 to 499"),
         (["decode", "FILE", "--", "-1"], "Token id -1 "),

@@ -79,7 +79,10 @@ WRONG = [
     ("training.betas=[0.9, 1.0]", r"training.betas is \(0.9, 1.0\); it must be from 0.0 to 0.99999"),
     ("training.fused=maybe", r"training.fused is 'maybe'; it must be true or false"),
     ("training.optimizer=sgd", r"training.optimizer is 'sgd'; choose one of adamw, muon"),
-    ("training.dtype=float16", r"training.dtype is 'float16'; choose one of float32, bfloat16"),
+    ("training.dtype=float64", r"training.dtype is 'float64'; choose one of float32, bfloat16, float16"),
+    ("training.guard=-1", r"training.guard is -1.0; it must be at least 0.0"),
+    ("training.tracker=mlflow", r"training.tracker is 'mlflow'; choose one of tensorboard, wandb, none"),
+    ("training.patience=2", r"patience is 2 and eval_interval 0"),
     ("training.stages=3", r"training.stages is 3; it must be a list of Stage"),
     (
         "data.path=story.txt",

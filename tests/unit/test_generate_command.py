@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shared import cli
-from shared.cli.generate import _pieces
+from shared.cli.generate import text_pieces
 from shared.data.tokenizers import BPETokenizer, CharTokenizer
 from shared.models.gpt import GPT, GPTConfig
 from shared.models.model_utils import save_model
@@ -66,9 +66,9 @@ def test_a_character_split_over_tokens_is_printed_once_it_is_complete():
     tokenizer = BPETokenizer.train(["aéz"], 256 + 1)  # bytes only: é is two tokens
     ids, kept = tokenizer.encode("aéz"), []
     assert len(ids) == 4
-    assert list(_pieces(tokenizer, iter(ids), kept)) == ["a", "é", "z"]
+    assert list(text_pieces(tokenizer, iter(ids), kept)) == ["a", "é", "z"]
     assert kept == ids
-    assert list(_pieces(tokenizer, iter(ids[:2]), [])) == ["a", "\ufffd"]
+    assert list(text_pieces(tokenizer, iter(ids[:2]), [])) == ["a", "\ufffd"]
 
 
 def test_the_prompt_can_come_from_standard_input(capsys, folder, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_setting_out_of_range_is_one_sentence(capsys, folder, option):
 def test_an_encoder_decoder_is_refused(capsys, tmp_path):
     model = Transformer(TransformerConfig(9, num_layers=1, num_heads=1, d_model=4, d_ff=4))
     save_model(model, tmp_path / "model", CharTokenizer.from_text("abc"))
-    assert "encoder–decoder" in refused(capsys, tmp_path / "model")
+    assert "holds a Transformer" in refused(capsys, tmp_path / "model")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(capsys, tmp_path):

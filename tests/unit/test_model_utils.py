@@ -1,6 +1,7 @@
 """Models on disk and in transformers: what goes out comes back, and damage is told in one sentence."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,15 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.data.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer
+from shared.data.wordpiece import WordPieceTokenizer
+from shared.models import bert, gpt2
 from shared.models.gpt import GPT, GPTConfig
 from shared.models.model_utils import (
+    LAYOUTS,
     count_parameters,
-    gpt2_config,
+    from_hf,
     gpt_from_hf,
     gpt_to_hf,
-    is_gpt2,
     load_model,
     save_model,
+    to_hf,
 )
 from shared.models.transformer import Transformer, TransformerConfig
 from shared.runtime.errors import CourseError
@@ -120,6 +124,25 @@ def test_transformers_reads_the_tokenizer_that_is_saved_with_a_model(name, tmp_p
     assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == roles.get(name, (None, None, None))
 
 
+def test_transformers_knows_the_special_tokens_of_a_berts_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = WordPieceTokenizer.train([TEXT], 80)
+    model = bert.build(bert.BertConfig(tokenizer.vocab_size, 16, 1, 2, 8, pad_id=None))
+    save_model(model, tmp_path / "model", tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
+    named = {role: getattr(theirs, f"{role}_token_id") for role in ("pad", "unk", "cls", "sep", "mask")}
+    assert named == {role: tokenizer.special_tokens[f"[{role.upper()}]"] for role in named}
+    assert theirs("42 people", add_special_tokens=False)["input_ids"] == tokenizer.encode("42 people")
+    assert load_model(tmp_path / "model").config == model.config
+
+
+def test_whoever_may_read_the_settings_may_read_the_weights(tmp_path):
+    save_model(gpt(), tmp_path / "model")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1
+
+
 def test_what_transformers_saves_is_read(tmp_path):
     theirs = gpt_to_hf(gpt())
     theirs.save_pretrained(tmp_path / "model")
@@ -148,6 +171,46 @@ def test_a_saved_gpt_comes_back_the_same(name, tmp_path):
     assert torch.equal(loaded(IDS)[0], model(IDS)[0])
     model_type = json.loads((tmp_path / "model" / "config.json").read_text())["model_type"]
     assert model_type == ("gpt2" if name.startswith("gpt2") else "course-gpt")
+
+
+@pytest.mark.parametrize("labels", [None, 3])
+def test_a_bert_goes_to_transformers_and_into_a_folder_and_back(labels, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = bert.BertConfig(23, 16, 2, 4, 16, num_labels=labels, dropout=0.0)
+    model = bert.build(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    expected = model(IDS)[0]
+    theirs = to_hf(model)
+    torch.testing.assert_close(theirs(IDS).logits, expected, **CLOSE)
+    assert torch.equal(from_hf(theirs)(IDS)[0], expected)
+    save_model(model, tmp_path / "model", dtype=torch.float32)
+    read = getattr(transformers, type(theirs).__name__).from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(read(IDS).logits, expected, **CLOSE)
+    loaded = load_model(tmp_path / "model")
+    assert loaded.config == config
+    assert torch.equal(loaded(IDS)[0], expected)
+
+
+@pytest.mark.parametrize("architecture", LAYOUTS)
+def test_a_layout_writes_the_model_type_under_which_it_is_registered(architecture):
+    """And is found by it, by name, in transformers."""
+    import transformers
+
+    module = import_module(f"shared.models.{LAYOUTS[architecture]}")
+    assert LAYOUTS[module.ARCHITECTURE] == LAYOUTS[architecture]
+    assert getattr(transformers, architecture).config_class.model_type == LAYOUTS[architecture]
+
+
+def test_a_model_that_is_not_the_courses_is_refused(tmp_path):
+    class Other(torch.nn.Linear):
+        config = None
+
+    with pytest.raises(TypeError, match="Other is not a model of the course"):
+        save_model(Other(2, 2), tmp_path / "model")
 
 
 def test_a_saved_transformer_comes_back_the_same(tmp_path):
@@ -211,13 +274,16 @@ def edited(folder, changes, tmp_path):
     ("changes", "message"),
     [
         ({"n_embd": 32}, r"has the shape \(23, 16\) and the configuration says \(23, 32\)"),
-        ({"n_layer": 3}, r"lack blocks.2.*missing\)"),
+        ({"n_layer": 3}, r"lack transformer.h.2.attn.c_attn.bias \(12 missing\)"),
         ({"n_layer": 1}, "hold transformer.h.1.*no place for"),
         ({"n_head": 5}, "config.json cannot be used: d_model 16 must be a multiple of num_heads 5"),
         ({"n_head": "4"}, "config.json cannot be used: num_heads is '4'"),
         ({"resid_pdrop": "a tenth"}, "config.json cannot be used: a setting has the wrong type"),
         ({"layer_norm_epsilon": -1.0}, "config.json cannot be used: norm_eps is -1.0"),
-        ({"model_type": "bert"}, "model type 'bert' is none of gpt2, course-gpt"),
+        ({"model_type": "mamba"}, "model type 'mamba' is none of gpt2, qwen3, llama, bert, course-gpt"),
+        ({"model_type": "bert"}, "architecture 'GPT2LMHeadModel' is none of BertForMaskedLM"),
+        ({"architectures": ["GPT2ForSequenceClassification"]}, "is none of GPT2LMHeadModel"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
         ({"model_type": ["gpt2"]}, r"model type \['gpt2'\] is none of"),
         ({"activation_function": "swish"}, "activation 'swish'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
@@ -245,7 +311,7 @@ def test_a_missing_weight_is_named(saved, tmp_path):
     state = load_file(path)
     del state["transformer.h.1.mlp.c_fc.weight"]
     save_file(state, path)
-    with pytest.raises(CourseError, match=r"lack blocks.1.mlp.up.weight \(1 missing\)"):
+    with pytest.raises(CourseError, match=r"lack transformer.h.1.mlp.c_fc.weight \(1 missing\)"):
         load_model(path.parent)
 
 
@@ -280,9 +346,9 @@ def test_settings_that_are_not_an_object_are_refused(saved, tmp_path):
 )
 def test_what_gpt2_cannot_express_is_named(options, reason):
     config = GPTConfig(**SMALL | options)
-    assert not is_gpt2(config)
+    assert not gpt2.fits(config)
     with pytest.raises(CourseError, match=f"no such {reason};"):
-        gpt2_config(config)
+        gpt2.settings(config)
 
 
 def test_parameters_are_counted_once_and_frozen_ones_on_request():

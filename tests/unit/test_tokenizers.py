@@ -312,7 +312,7 @@ DAMAGE = {
     "an id twice": (lambda d: d["model"]["vocab"].update({"!": 5}), "do not have the ids"),
     "an id that is a word": (lambda d: d["model"]["vocab"].update({"!": "one"}), "not a whole number"),
     "a token that is no bytes": (_model(vocab={"漢": 0}, merges=[]), "stands for no byte|do not have"),
-    "another kind": (_model(type="Unigram"), "Unigram"),
+    "another kind": (_model(type="Whole"), "holds a Whole tokenizer"),
 }
 
 
