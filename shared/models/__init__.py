@@ -1,1 +1,1 @@
-"""Attention, positions, blocks and the models built from them: the encoder–decoder Transformer, GPT and BERT."""
+"""Attention, positions, blocks, and models built from them: the encoder–decoder Transformer, GPT, BERT."""
