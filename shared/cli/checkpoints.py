@@ -100,7 +100,7 @@ def prune(
 
     found = _found(directory)
     with checkpointing.lock(directory):
-        old = _old(found, directory, keep_last, keep_every)
+        old = checkpointing.prunable(directory, keep_last, keep_every)
         if old and not yes and not _agreed(old, len(found)):
             print("Nothing was removed.", file=sys.stderr)
             return
@@ -139,19 +139,6 @@ def _row(info: "CheckpointInfo", marked: dict[str, Path | None]) -> dict[str, An
     marks = {name: info.path == path for name, path in marked.items()}
     about = {"step": info.step, "path": str(info.path), "bytes": info.bytes}
     return about | {"complete": info.complete, "problem": info.problem} | marks
-
-
-def _old(
-    found: "list[CheckpointInfo]", directory: Path, keep_last: int, keep_every: int
-) -> "list[CheckpointInfo]":
-    """What `checkpointing.prune` will remove."""
-    best = _marked(directory, found)["best"]
-    complete = [info for info in found if info.complete]
-    return [
-        info
-        for info in complete[:-keep_last]
-        if info.path != best and not (keep_every and info.step % keep_every == 0)
-    ]
 
 
 def _agreed(old: "list[CheckpointInfo]", total: int) -> bool:

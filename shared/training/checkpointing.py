@@ -231,8 +231,8 @@ def marked_checkpoint(directory: Path | str, marker: str = BEST) -> Path | None:
     return path if NAME.fullmatch(name) and path.is_dir() else None
 
 
-def prune(directory: Path | str, keep_last: int, keep_every: int = 0) -> list[Path]:
-    """Remove old checkpoints.
+def prunable(directory: Path | str, keep_last: int, keep_every: int = 0) -> list[CheckpointInfo]:
+    """The checkpoints that `prune` would remove.
 
     Args:
         directory: the run's folder.
@@ -240,17 +240,19 @@ def prune(directory: Path | str, keep_last: int, keep_every: int = 0) -> list[Pa
         keep_every: leave those of every multiple of so many updates, too; 0: none.
 
     What `best` names stays. What is not complete counts for nothing and is left as it is.
-
-    Returns:
-        The folders that were removed.
     """
     best = marked_checkpoint(directory)
     complete = [found for found in list_checkpoints(directory) if found.complete]
-    old = [
-        found.path
+    return [
+        found
         for found in complete[: max(0, len(complete) - max(1, keep_last))]
         if found.path != best and not (keep_every and found.step % keep_every == 0)
     ]
+
+
+def prune(directory: Path | str, keep_last: int, keep_every: int = 0) -> list[Path]:
+    """Remove the checkpoints that `prunable` names, and return their folders."""
+    old = [found.path for found in prunable(directory, keep_last, keep_every)]
     for path in old:
         # The name goes first: a kill in the middle must not leave half a checkpoint under it.
         doomed = path.with_name(f".{path.name}.pruned.tmp")
