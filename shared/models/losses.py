@@ -69,7 +69,7 @@ def _targets(targets: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(rows: Tensor, width: int, times: int = 1) -> Iterator[slice]:
-    """Slices of `rows` (N, …), each of at most `times` a chunk's logits, `width` in a row; at least one row."""
+    """Slices of `rows` (N, …), each of at most `times` a chunk's logits, `width` to a row, or one row."""
     step = max(1, times * CHUNKS.get(rows.device.type, CHUNK) // width)
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
