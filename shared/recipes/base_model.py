@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,23 @@ def _long_lines(text: str) -> Iterator[str]:
     return (line for line in map(str.strip, text.split("\n")) if len(line) >= LONG_LINE)
 
 
+def held_out_texts(data: MixedData) -> dict[str, dict[str, list[str]]]:
+    """Corpus -> package -> its held-out documents, as the model reads them.
+
+    A model that was trained in another environment may have read some of these packages; it is scored on the
+    others.
+    """
+    end = data.tokenizer.special_tokens[tokenizers.END_OF_TEXT]
+    texts: dict[str, dict[str, list[str]]] = {}
+    for name, tokens in data.validation.items():
+        pieces = np.split(np.asarray(tokens), np.flatnonzero(np.asarray(tokens) == end) + 1)
+        # Before the first end there is nothing, and after the last. A corpus has its packages in turn.
+        found = iter([data.tokenizer.decode(piece[:-1].tolist()) for piece in pieces[1:-1]])
+        packages = data.manifest["corpora"][name]["validation"]["packages"]
+        texts[name] = {key: list(islice(found, row["documents"])) for key, row in packages.items()}
+    return texts
+
+
 def _noting_lines(texts: Iterable[str], lines: set[int]) -> Iterator[str]:
     for text in texts:
         lines.update(map(hash, _long_lines(text)))
@@ -533,8 +551,8 @@ def write_model(folder: Path, model: GPT, run: Run, data: MixedData, history: Hi
         run, data, history: what made it.
 
     Returns:
-        The scores of the saved model: as `summary`, and under "baselines" bits per byte of gzip, primed zstd
-        and the 8-gram on the same text.
+        The scores of the saved model: as `summary`; under "baselines" bits per byte of gzip, primed zstd and
+        the 8-gram on the same text; under "curve" the run's losses, as `model_card.points`.
     """
     model_utils.save_model(model, folder, data.tokenizer, dtype=torch.bfloat16, replace=True)
     device = next(model.parameters()).device
@@ -543,7 +561,7 @@ def write_model(folder: Path, model: GPT, run: Run, data: MixedData, history: Hi
     baselines = model_card.baselines(
         data.training, data.validation, data.mix.corpora, data.tokenizer, data.mix.baseline_megabytes
     )
-    metrics = {**summary(scores, data), "baselines": baselines}
+    metrics = {**summary(scores, data), "baselines": baselines, "curve": model_card.points(history)}
     samples = model_card.samples(saved, data.tokenizer)
     (folder / model_card.CURVE).write_text(model_card.curve(history), encoding="utf-8")
     card = model_card.render(
@@ -564,7 +582,10 @@ def write_model(folder: Path, model: GPT, run: Run, data: MixedData, history: Hi
 
 
 def _write_lineage(folder: Path, run: Run, data: MixedData, metrics: Mapping[str, Any], scale: str) -> None:
-    """The record that `artifacts.build` would make, for a model that was trained in a folder of its own."""
+    """The record that `artifacts.build` would make, for a model that was trained in a folder of its own.
+
+    It also has the size and the SHA-256 of every file, because this folder travels.
+    """
     key = {
         "kind": f"models/{NAME}",
         "config": _key(run, data),
@@ -576,6 +597,10 @@ def _write_lineage(folder: Path, run: Run, data: MixedData, metrics: Mapping[str
         "key": files.sha256_json(key),
         "metrics": dict(metrics),
         "data": data.manifest,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+            for path in sorted(folder.iterdir())
+        },
         "week": WEEK,
         "commit": artifacts.commit(),
     }

@@ -149,6 +149,21 @@ def curve(history: History) -> str:
     return buffer.getvalue()
 
 
+def points(history: History, most: int = 100) -> list[dict[str, float]]:
+    """The run's losses: every evaluation, and at most about `most` of the other entries, evenly spread.
+
+    Each has step, tokens and loss (of one batch, nats per token); an evaluation also val_loss (nats per
+    token) and val_bits_per_byte, of all held-out text.
+    """
+    kept = {id(entry) for entry in _thinned([entry for entry in history if "loss" in entry], most)}
+    keys = ("step", "tokens", "loss", "val_loss", "val_bits_per_byte")
+    return [
+        {key: entry[key] for key in keys if key in entry}
+        for entry in history
+        if id(entry) in kept or "val_loss" in entry
+    ]
+
+
 def _thinned(entries: list[dict[str, float]], most: int) -> list[dict[str, float]]:
     return entries[:: max(1, -(-len(entries) // most))]
 
