@@ -29,8 +29,12 @@ TEMPLATE_FILE = "chat_template.jinja"
 @app.command("chat")
 def chat(
     model: Annotated[
-        Path, typer.Option(help="Folder with config.json, model.safetensors and tokenizer.json.")
-    ],
+        Path | None,
+        typer.Option(
+            help="Folder with config.json, model.safetensors and tokenizer.json; the course's base model "
+            "if not given."
+        ),
+    ] = None,
     system: Annotated[
         str | None, typer.Option(help="What the model is told before the conversation (chat models).")
     ] = None,
@@ -64,6 +68,10 @@ def chat(
     from shared.inference.generation import Sampling
     from shared.runtime import scale
 
+    if model is None:
+        from shared.recipes.base_model import shipped_model
+
+        model = shipped_model()
     sampling = Sampling(temperature, top_k, top_p, min_p)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     machine = scale.start("auto", seed, quiet=True)

@@ -232,7 +232,7 @@ tags: [pretrained, python, {", ".join(mix)}]
 def _opening(
     run: Run, config: GPTConfig, parameters: int, weight_bytes: int, manifest: Mapping[str, Any]
 ) -> str:
-    return f"""# pydoc-gpt ({run.path.stem})
+    return f"""# {run.path.stem}
 
 A base language model of {parameters:,} parameters, trained from scratch on the documentation and the source
 code of a Python environment. It continues text; it follows no instructions. This page was written by the run
@@ -321,7 +321,8 @@ def _training(run: Run, history: History, last: Mapping[str, float], device: tor
         for entry in scored
     ]
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware.cpu_name()
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = "" if device.type == "cuda" else f", {count} thread{'s' if count > 1 else ''}"
     choices = {
         "updates": f"{settings.steps:,}",
         "batch": f"{settings.batch_size * settings.accumulation} × {settings.context_length} tokens",

@@ -275,3 +275,11 @@ def test_ctrl_c_in_an_answer_keeps_what_was_said(capsys):
     shown = capsys.readouterr()
     assert shown.out == "ab …\n"
     assert "2 tokens" in shown.err
+
+
+def test_without_a_model_it_is_the_base_model_that_comes_with_the_course(monkeypatch, capsys):
+    from shared.recipes.base_model import shipped_model
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"def main():\n")))
+    assert cli.main(["chat", "--max-new-tokens", "2", "--seed", "0"]) == 0
+    assert f"{shipped_model()}: 12," in capsys.readouterr().err
