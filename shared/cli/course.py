@@ -479,15 +479,21 @@ def devlog(
         list[str] | None, typer.Argument(metavar="WEEK", help="week1, 2; all with a template.")
     ] = None,
 ) -> None:
-    """Fill the notebooks' numbers into docs/weekly-logs.
+    """Fill the notebooks' numbers into docs/weekly-logs; without WEEK, write its index and figures as well.
 
     Example: course devlog week2
     """
     from shared.curriculum import devlogs
 
     for template in devlogs.select(week or []):
-        text, path = devlogs.render(template), devlogs.log_path(template)
-        same = path.exists() and path.read_bytes() == text.encode()
-        if not same:
-            files.atomic_write(path, text)
-        print(f"{_relative(path)} {'is up to date' if same else 'written'}")
+        _write_devlog(devlogs.log_path(template), devlogs.render(template).encode())
+    if not week:
+        for path, content in devlogs.index().items():
+            _write_devlog(path, content)
+
+
+def _write_devlog(path: Path, content: bytes) -> None:
+    same = path.exists() and path.read_bytes() == content
+    if not same:
+        files.atomic_write(path, content)
+    print(f"{_relative(path)} {'is up to date' if same else 'written'}")

@@ -11,8 +11,18 @@ The template beside it, `week-NN.template.md`, is Markdown with these placeholde
 
 Measurements are read from the outputs of the notebooks as they stand in the repository, means and spreads
 from `claims.yaml`: whoever has the repository can render the same devlog.
+
+A template begins with what the index of all weeks, `README.md`, says about its week:
+
+    ---
+    line: One sentence, with placeholders as above.
+    figure: week2/03_train_a_gpt, Two recipes on the same text
+    ---
+
+that is a notebook and the title of one of its figures, which is copied out of the committed output.
 """
 
+import base64
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +34,10 @@ from shared.runtime.errors import CourseError
 
 FOLDER = Path("docs") / "weekly-logs"
 TEMPLATE = ".template.md"
+INDEX, FIGURES = "README.md", "figures"
+PLANNING = "../DevLog-000-planning.md"
+_FRONT = re.compile(r"---\n(.*?\n)---\n\n?", re.DOTALL)
+_IMAGES = {"image/png": ".png", "image/svg+xml": ".svg"}
 _PLACEHOLDER = re.compile(r"\{\{(claim|claims|notebook):([^{}|]+?)(?:\|([^{}]*))?\}\}")
 _NOTE = "<!-- Written by `course devlog` from {template} and the notebooks' outputs; edit the template. -->\n"
 _FIELDS: dict[str, Callable[[Verdict], float | str | None]] = {
@@ -102,6 +116,13 @@ def render(template: Path, root: Path | None = None) -> str:
         CourseError: a placeholder names a week, claim, notebook or field that there is not, a claim that has
             not been measured, or a bad format; template and line are named.
     """
+    text = files.read_text(template)
+    front = _FRONT.match(text)
+    return _NOTE.format(template=template.name) + _filled(text, front.end() if front else 0, template, root)
+
+
+def _filled(text: str, start: int, template: Path, root: Path | None) -> str:
+    """The template's text from `start` on, which is the beginning of a line, with its placeholders filled."""
     known: dict[str, list[Verdict]] = {}
 
     def week_verdicts(name: str) -> list[Verdict]:
@@ -110,7 +131,8 @@ def render(template: Path, root: Path | None = None) -> str:
         return known[name]
 
     lines = []
-    for number, line in enumerate(files.read_text(template).splitlines(keepends=True), start=1):
+    first = text.count("\n", 0, start) + 1
+    for number, line in enumerate(text[start:].splitlines(keepends=True), start=first):
         try:
             lines.append(_PLACEHOLDER.sub(lambda match: _fill(match, week_verdicts, root), line))
             if left := re.search(r"\{\{.*?\}\}", lines[-1]):
@@ -119,7 +141,78 @@ def render(template: Path, root: Path | None = None) -> str:
                 )
         except CourseError as error:
             raise CourseError(f"{template.name}, line {number}: {error}") from error
-    return _NOTE.format(template=template.name) + "".join(lines)
+    return "".join(lines)
+
+
+def index(root: Path | None = None) -> dict[Path, bytes]:
+    """The index of all weeks that have a template: one line and one figure each.
+
+    Returns:
+        Path -> content of `README.md` and of each figure in `figures/`.
+
+    Raises:
+        CourseError: a template does not begin with its line and figure, the line has a placeholder that
+            cannot be filled, or the figure is not in the notebook's committed output.
+    """
+    folder = (root or files.repository_root()) / FOLDER
+    content: dict[Path, bytes] = {}
+    sections = []
+    for week in weeks.discover(root):
+        template = template_of(week, root)
+        if not template.exists():
+            continue
+        line, notebook, title = _front_matter(template, root)
+        suffix, image = _image(notebook, title, template, root)
+        log = log_path(template)
+        path = folder / FIGURES / f"{log.stem}{suffix}"
+        content[path] = image
+        sections.append(
+            f"## [Week {week.label} · {week.title}]({log.name})\n\n{line}\n\n"
+            f"[![{title}]({FIGURES}/{path.name})]({log.name})\n"
+        )
+    note = _NOTE.format(template="the templates")
+    opening = (
+        f"{note}# What came out, week by week\n\n"
+        f"One line and one figure a week, from its committed notebooks; [how it was planned]({PLANNING}).\n"
+    )
+    content[folder / INDEX] = "\n".join([opening, *sections]).encode()
+    return content
+
+
+def _front_matter(template: Path, root: Path | None) -> tuple[str, str, str]:
+    """What a template says for the index: its line, placeholders filled; a notebook; a figure's title."""
+    import yaml
+
+    text = files.read_text(template)
+    front = _FRONT.match(text)
+    try:
+        values = yaml.safe_load(_filled(text[: front.end(1)], 4, template, root)) if front else None
+    except yaml.YAMLError as error:
+        raise CourseError(f"{template.name} does not begin with valid YAML between two lines ---.") from error
+    entries = [values.get(key) for key in ("line", "figure")] if isinstance(values, dict) else []
+    if not all(isinstance(entry, str) for entry in entries) or "," not in "".join(entries[1:]):
+        raise CourseError(
+            f"{template.name} must begin with ---, a `line:`, a `figure: week/notebook, its title`, and ---."
+        )
+    notebook, _, title = entries[1].partition(",")
+    return entries[0].strip(), notebook.strip(), title.strip()
+
+
+def _image(notebook: str, title: str, template: Path, root: Path | None) -> tuple[str, bytes]:
+    """File suffix and content of the figure that a notebook's cell with `title` in it shows."""
+    found = [
+        (suffix, notebooks.text(output["data"][mime]))
+        for cell, output in notebooks.outputs(notebooks.read(weeks.find_notebook(notebook, root).path))
+        for mime, suffix in _IMAGES.items()
+        if mime in output.get("data", {}) and f'"{title}"' in notebooks.text(cell["source"])
+    ]
+    if len(found) != 1:
+        raise CourseError(
+            f"{template.name} wants the figure {title!r}, and {notebook} shows {len(found)} of that title; "
+            "name another, or run it with --save."
+        )
+    suffix, data = found[0]
+    return suffix, data.encode() if suffix == ".svg" else base64.b64decode(data)
 
 
 def _fill(match: re.Match[str], week_verdicts: Callable[[str], list[Verdict]], root: Path | None) -> str:

@@ -1,5 +1,6 @@
 """Devlogs: every number from the notebooks' outputs."""
 
+import base64
 import json
 
 import pytest
@@ -7,7 +8,11 @@ from course_root import CLAIM, WEEK, code, notebook
 
 from shared.curriculum import devlogs
 from shared.curriculum.claims import Claims
+from shared.runtime import files
 from shared.runtime.errors import CourseError
+
+PIXELS = b"\x89PNG and so on"
+FRONT = "---\nline: It is {{claim:week1.good}}.\nfigure: week1/01_good, A curve\n---\n"
 
 
 @pytest.fixture
@@ -21,7 +26,10 @@ def root(tmp_path):
     cell = code("claims.show()")
     data = {"application/vnd.course.claims+json": claims.record(), "text/plain": "a table"}
     cell["outputs"] = [{"output_type": "display_data", "data": data, "metadata": {}}]
-    made = notebook(cell)
+    figure = code('figure("A curve", "x", "y");')
+    png = base64.b64encode(PIXELS).decode()
+    figure["outputs"] = [{"output_type": "display_data", "data": {"image/png": png}, "metadata": {}}]
+    made = notebook(figure, cell)
     made["metadata"]["course"] = {"seconds": 12.34, "peak_rss_mb": 456.7}
     (folder / "01_good.ipynb").write_text(json.dumps(made))
     (tmp_path / devlogs.FOLDER).mkdir(parents=True)
@@ -102,3 +110,52 @@ def test_templates_are_found_by_week(root):
     assert devlogs.log_path(template).name == "week-01.md"
     with pytest.raises(CourseError, match=r"There is no docs/weekly-logs/week-17-18.template.md"):
         devlogs.select(["18"], root)
+
+
+def write_template(root, text):
+    (root / devlogs.FOLDER / "week-01.template.md").write_text(text, encoding="utf-8")
+
+
+def test_the_index_has_a_weeks_line_with_its_number_and_the_figure_of_its_notebook(root):
+    write_template(root, f"{FRONT}\n# Week 1\n")
+    content = devlogs.index(root)
+    folder = root / devlogs.FOLDER
+    assert content.pop(folder / "figures" / "week-01.png") == PIXELS
+    text = content.pop(folder / "README.md").decode()
+    assert not content
+    assert text.endswith(
+        "## [Week 1 · Attention and the Transformer](week-01.md)\n\nIt is 0.75.\n\n"
+        "[![A curve](figures/week-01.png)](week-01.md)\n"
+    )
+
+
+def test_what_is_meant_for_the_index_is_no_part_of_the_devlog(root):
+    assert render(root, f"{FRONT}\n# Week 1\n") == "# Week 1\n"
+    with pytest.raises(CourseError, match="week-01.template.md, line 6: .*'bad'"):
+        render(root, f"{FRONT}\n{{{{claim:week1.bad}}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("front", "complaint"),
+    [
+        ("# Week 1\n", "week-01.template.md must begin with ---, a `line:`"),
+        (FRONT.replace("line:", "lines:"), "week-01.template.md must begin with ---, a `line:`"),
+        (FRONT.replace(", A curve", ""), "week-01.template.md must begin with ---, a `line:`"),
+        (FRONT.replace("line: It", "line: [It"), "week-01.template.md does not begin with valid YAML"),
+        (FRONT.replace(".good", ".bad"), "week-01.template.md, line 2: week1 makes no claim 'bad'"),
+        (FRONT.replace("A curve", "A line"), "the figure 'A line', and week1/01_good shows 0 of that title"),
+    ],
+)
+def test_a_template_that_says_nothing_for_the_index_is_refused(root, front, complaint):
+    write_template(root, front)
+    with pytest.raises(CourseError, match=complaint):
+        devlogs.index(root)
+
+
+def test_the_committed_index_says_what_the_committed_notebooks_say():
+    folder = files.repository_root() / devlogs.FOLDER
+    expected = devlogs.index()
+    there = {folder / devlogs.INDEX, *(folder / devlogs.FIGURES).iterdir()}
+    assert there == set(expected), "run `course devlog`, and delete the figures that no week names"
+    for path, content in expected.items():
+        assert path.read_bytes() == content, f"run `course devlog` to write {path.name}"
